@@ -1,0 +1,49 @@
+"""Graftwork: parameter-efficient fine-tuning with PEFT's names and files, imported lazily."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_TASKS = (
+    "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification "
+    "TokenClassification"
+).split()
+_WHERE = {  # module -> the public names that it holds
+    "config": "PeftConfig PeftType TaskType TargetConfig",
+    "errors": "FileError GraftworkError MergeError PeftWarning StateError TargetError "
+    "TrainingError",
+    "table": "METHODS register",
+    "methods.lora": "LoraConfig",
+    "methods.adalora": "AdaLoraConfig",
+    "methods.ia3": "IA3Config",
+    "methods.tokens": "TrainableTokensConfig",
+    "engine.adapter": "Adapter Additive LowRank",
+    "engine.site": "Site register_site",
+    "engine.root": "Grafted",
+    "files.codec": "LoadReport",
+    "model.peft_model": "PeftModel get_peft_model",
+    "model.tasks": " ".join(["PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]),
+    "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
+    "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
+    "set_peft_model_state_dict",
+}
+_HOME = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+__all__ = sorted([*_HOME, "as_peft"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "as_peft":
+        return import_module(".as_peft", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

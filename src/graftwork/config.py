@@ -1,0 +1,347 @@
+"""Configs: plain dataclasses with PEFT's names that round-trip PEFT's ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from .errors import FileError, did_you_mean, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .engine.adapter import Adapter
+    from .engine.site import Site
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"  # the PEFT release whose file format is written
+
+C = TypeVar("C", bound="PeftConfig")
+
+
+class _Name(str, Enum):
+    def __str__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+
+class TaskType(_Name):
+    """What the model is for; decides the class of the wrapper and which heads are saved."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(_Name):
+    """The method; every name that PEFT 0.21 writes into a file."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+
+
+@dataclass
+class PeftConfig:
+    """What every method's config has.
+
+    Args:
+        task_type: what the model is for, a ``TaskType`` or its name.
+        peft_type: the method; each config class sets its own.
+        base_model_name_or_path: where the base model came from; filled in by ``get_peft_model``.
+        revision: the base model's revision on the hub.
+        inference_mode: whether the adapter's tensors are frozen.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None  # class and library of a base model without a task
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    METHOD: ClassVar[PeftType | None] = None
+    PATTERNS: ClassVar[dict[str, str]] = {}  # field with values per path -> the field it overrides
+    BEYOND: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # fields that PEFT's config lacks: written only where set
+    TARGETS: ClassVar[dict[str, Any]] = {}  # PEFT's choice of layers per architecture
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.METHOD is not None:
+            self.peft_type = self.METHOD
+        elif self.peft_type is not None:
+            self.peft_type = _member(PeftType, self.peft_type, "peft_type")
+        if self.task_type is not None:
+            self.task_type = _member(TaskType, self.task_type, "task_type")
+        self.peft_version = self.peft_version or FORMAT_VERSION
+
+    @property
+    def method(self) -> PeftType:
+        assert isinstance(self.peft_type, PeftType)
+        return self.peft_type
+
+    def adapter(self) -> type[Adapter]:
+        """The class of this config's adapters."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is the base of all configs; use a method's own config"
+        )
+
+    def build(self, site: Site) -> Adapter:
+        """The adapter at one site."""
+        return self.adapter()(self.at(site.path, site.parameter), site)
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term of the training loss, from one name's adapters by path; the engine adds it."""
+        return None
+
+    def after_step(self, adapters: Mapping[str, Adapter], step: int) -> None:
+        """Called after the optimizer's ``step``-th step (1-based), while gradients are there."""
+
+    @classmethod
+    def has_schedule(cls) -> bool:
+        """Whether training goes wrong where ``after_step`` is not called."""
+        return cls.after_step is not PeftConfig.after_step
+
+    def at(self: C, path: str, parameter: str = "weight") -> C:
+        """This config with the values that its patterns give for one path."""
+        changes: dict[str, Any] = {}
+        for name, target in self.PATTERNS.items():
+            for key, value in (getattr(self, name) or {}).items():
+                if pattern_matches(key, path, parameter):
+                    changes[target] = value
+                    break
+        if not changes:
+            return self
+        new = replace(self)
+        for target, value in changes.items():
+            setattr(new, target, value)
+        return new
+
+    # -- PEFT's JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, as PEFT writes them."""
+        out = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in self.BEYOND or value not in (None, {}, [], False):
+                out[f.name] = (
+                    asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+                )
+        return out
+
+    def to_json(self) -> str:
+        """The text of ``adapter_config.json``."""
+        return json.dumps(_plain(self.to_dict()), indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` into a folder, made where it is missing."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise FileError(f"{folder} is a file; give a folder for the config")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls: type[C],
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> C:
+        """Read the config of an adapter, in the class of its method.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            subfolder: a folder inside it.
+            **kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ... of the hub;
+                other names are fields of the config, which the file overrides.
+
+        Raises:
+            FileError: no such adapter, or its config cannot be used.
+        """
+        from .files.folder import read_config
+
+        return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)  # type: ignore[return-value]
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The content of a config file as a dictionary."""
+        data: dict[str, Any] = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        return data
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """A config from its fields; ``peft_type`` among them decides its class."""
+        from .table import method
+
+        target = method(str(kwargs["peft_type"])).config if kwargs.get("peft_type") else cls
+        return target.from_fields(kwargs)
+
+    @classmethod
+    def from_fields(cls: type[C], data: Mapping[str, Any], where: str = "the config") -> C:
+        """A config from the fields of a file.
+
+        Raises:
+            FileError: an unknown field is set, so the file asks for something that this version
+                does not do.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = {k: v for k, v in data.items() if k not in known}
+        if asked := {k: v for k, v in unknown.items() if v not in (None, False, 0, "", {}, [])}:
+            from .errors import POLICY
+
+            name = next(iter(asked))
+            text = (
+                f"{where} sets {', '.join(f'{k}={v!r}' for k, v in asked.items())}, which "
+                f"{cls.__name__} does not have"
+                f"{did_you_mean(name, known)}. It was saved by a newer version, or by hand: "
+                "upgrade, or remove the field"
+            )
+            if not POLICY.lenient:
+                raise FileError(text)
+            warn(f"{text}. It is ignored")
+        return cls(**{k: v for k, v in data.items() if k in known and k != "runtime_config"})
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """A config of a method that sits at layers; see ``engine/match.py`` for how they are chosen.
+
+    Args:
+        target_modules: names that a layer's path ends with, or a regex for the whole path, or
+            ``"all-linear"``; None takes PEFT's choice for a known architecture, and the repeated
+            blocks' linear layers for others.
+        exclude_modules: names or a regex of layers to leave out.
+        modules_to_save: modules that are trained as a whole and saved with the adapter.
+        layers_to_transform: indices of the blocks to adapt.
+        layers_pattern: the name in front of those indices, e.g. ``"layers"``.
+    """
+
+    target_modules: Any = None
+    exclude_modules: Any = None
+    modules_to_save: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    allow_unmatched: bool = field(
+        default=False, kw_only=True
+    )  # a pattern that matches nothing only warns
+
+    BEYOND = frozenset({"allow_unmatched"})
+    SUBSETS: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields whose entries each mean some of the adapted layers
+    EMBEDDINGS: ClassVar[bool] = False  # without target_modules, the input embedding is meant
+
+    def means(self, entry: str, path: str) -> bool:
+        """Whether an entry of a field in SUBSETS means the layer at ``path``."""
+        return path == entry or path.endswith(f".{entry}")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "layers_pattern says where block indices stand; give layers_to_transform=[...] too"
+            )
+        if (
+            isinstance(self.target_modules, str)
+            and self.target_modules != "all-linear"
+            and self.layers_to_transform
+        ):
+            raise ValueError(
+                "target_modules is a regex, which can name the blocks itself; remove "
+                "layers_to_transform and "
+                "layers_pattern, or give target_modules as a list"
+            )
+
+
+def pattern_matches(key: str, path: str, parameter: str = "weight") -> bool:
+    """PEFT's rule for rank_pattern and its kin: a regex for the end of a path."""
+    full = re.compile(rf"(.*\.)?({key})$")
+    return bool(full.match(path)) or bool(full.match(f"{path}.{parameter}"))
+
+
+def check_rank(value: Any, name: str) -> None:
+    """Refuse a rank that is not a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
+    if value <= 0:
+        raise ValueError(f"{name} must be at least 1, not {value}; try {name}=8")
+
+
+def _member(enum: type[Any], value: Any, name: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        names = [m.value for m in enum]
+        raise ValueError(
+            f"{name}={value!r} is not known{did_you_mean(str(value), names)} It is one of {names}"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

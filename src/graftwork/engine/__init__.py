@@ -1,0 +1,1 @@
+"""The engine: everything about adapters that is not the mathematics of one method."""

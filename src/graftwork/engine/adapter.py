@@ -1,0 +1,156 @@
+"""Adapter: what a method does at one layer.
+
+An adapter answers two questions about the layer beneath it, and the answers must agree::
+
+    forward(x, layer)   what comes out, given an input
+    fold(w, b)          which weight and bias would give the same output
+
+``forward(x, layer) == layer.site.apply(x, *fold(*layer.weights()))`` in eval mode, for every method
+on every kind of layer: the law that `tests/test_laws.py` checks. Either answer suffices where it
+determines the other.
+
+An adapter never casts: x and what it gets from ``layer`` come in its own dtype. It never asks which
+layer it is at: geometry is the site's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .site import Site
+
+if TYPE_CHECKING:
+    from .host import Beneath
+
+
+class Adapter(nn.Module):
+    """One method at one site.
+
+    Args:
+        config: the method's config, already resolved for this site's path.
+        site: the layer's geometry; ``site.shape`` is (out, in), ``site.lead`` the axes of stacked
+            weights.
+    """
+
+    keys: ClassVar[dict[str, str]] = {}  # tensor name here -> its name in a PEFT file
+    replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
+    scale: float = 1.0
+    prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__()
+
+    def start(self, site: Site) -> None:
+        """Fill the tensors with the values that training starts from; not called on loading."""
+
+    def derive(self, site: Site) -> None:
+        """Compute what follows from the base weight and is in no file; always called."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight (..., out, in) and bias (out,)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be written as a weight")
+
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        """The adapted output; override where it is cheaper than applying the folded weight."""
+        return layer.site.apply(x, *self.fold(*layer.weights()))
+
+    def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
+        """The output of a layer that uses the adapted weight transposed: a tied weight's end."""
+        w, b = layer.weights()
+        return layer.site.apply(x, self.fold(w.mT, None)[0].mT, b)
+
+    def precise(self) -> Adapter:
+        """This adapter with at least fp32 tensors, for merging."""
+        return (
+            copy.deepcopy(self).float() if self.dtype.itemsize < 4 and not self.replaces else self
+        )
+
+    def hides(self, beneath: Adapter) -> bool:
+        """Whether an adapter beneath this one has no effect any more."""
+        return False
+
+    def delta_norm(self, w: Tensor) -> float:
+        """Frobenius norm of the change to the weight w (..., out, in), for reports."""
+        return float((self.fold(w, None)[0] - w).norm())
+
+    def rank(self) -> int | None:
+        """The rank of the update, where the method has one."""
+        return None
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What is saved, under PEFT's names."""
+        return {self.keys[name]: tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+
+    def expects(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes that a file saved with ``config`` has, under PEFT's names."""
+        return {key: tuple(tensor.shape) for key, tensor in self.file_tensors().items()}
+
+    def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        """Take the values of a file, under PEFT's names."""
+        for key, mine in self.file_tensors().items():
+            if key in tensors:
+                mine.copy_(tensors[key])
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a resumed training needs beyond the file; empty for most methods."""
+        return {}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what ``training_state`` gave."""
+
+
+class Additive(Adapter):
+    """W + delta(): give ``delta``, and ``branch`` too where there is a cheaper way to apply it."""
+
+    def delta(self) -> Tensor:
+        """The update (..., out, in)."""
+        raise NotImplementedError
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w + self.delta(), b
+
+    def branch(self, x: Tensor, site: Site) -> Tensor:
+        """The update applied to x."""
+        return site.apply(x, self.delta())
+
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        return layer(x) + self.branch(x, layer.site)
+
+    def delta_norm(self, w: Tensor) -> float:
+        return float(self.delta().norm())
+
+
+class LowRank(Additive):
+    """delta = B A with A (..., r, in) and B (..., out, r): many methods are only ``factors``."""
+
+    dropout: nn.Module = nn.Identity()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (..., r, in) and B (..., out, r), all scales included."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        a, b = self.factors()
+        return b @ a
+
+    def branch(self, x: Tensor, site: Site) -> Tensor:
+        a, b = self.factors()
+        return site.low_rank(self.dropout(x) if x.is_floating_point() else x, a, b)
+
+    def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
+        a, b = self.factors()
+        return layer(x) + layer.site.low_rank(x, b.mT, a.mT)
+
+    def delta_norm(self, w: Tensor) -> float:
+        a, b = (f.double() for f in self.factors())  # ||BA||^2 = tr((B'B)(AA')): no dense product
+        square = ((b.mT @ b) * (a @ a.mT)).sum()
+        return float(square.clamp(min=0).sqrt())

@@ -1,0 +1,44 @@
+"""Read a weight as a dense tensor: the only door to packed (quantised) weights.
+
+A packed weight is recognised by the name of its type along the MRO, so no optional library is
+imported. Quantised bases register their reader with ``DENSE["TypeName"] = function``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+DENSE: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+def dense(weight: Tensor, where: str = "") -> Tensor:
+    """``weight`` as a floating-point tensor of its logical shape.
+
+    Raises:
+        TypeError: the weight is packed and no reader is registered for its type.
+    """
+    if type(weight) not in (Tensor, nn.Parameter):
+        for cls in type(weight).__mro__:
+            if reader := DENSE.get(cls.__name__):
+                return reader(weight)
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{where or 'a layer'} holds a packed weight ({type(weight).__name__}, "
+            f"{weight.dtype}), which only methods "
+            "that leave the weight alone can adapt (LoRA without DoRA); to merge, or for methods "
+            "that read the weight, "
+            f"register a reader: graftwork.engine.dense.DENSE[{type(weight).__name__!r}] = lambda "
+            "w: ..."
+        )
+    return weight
+
+
+def logical_numel(weight: Tensor) -> int:
+    """How many numbers a parameter stands for; 4-bit weights hold two a byte."""
+    count = weight.numel() or getattr(weight, "ds_numel", 0)
+    if type(weight).__name__ == "Params4bit":
+        storage = getattr(weight, "quant_storage", None)
+        return int(count) * 2 * (storage.itemsize if storage is not None else 1)
+    return int(count)

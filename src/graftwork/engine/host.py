@@ -1,0 +1,366 @@
+"""Host: stands where a layer stood, and runs the active adapters around it. Written once.
+
+``LayerHost`` stands for a layer that is one matrix (linear, convolution, embedding); ``ModuleHost``
+(module.py) for any other module, whose parameters are folded or whose whole copy is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import MergeError, StateError
+from . import rows as mixed
+from .adapter import Adapter
+from .site import Embedding, Site, kind_of
+from .switch import BASE, Switch
+
+# PEFT's names of things on a layer: attribute -> its value for a host; see model/layer.py
+NAMES: dict[str, Callable[[Host], Any]] = {}
+
+
+class Host(nn.Module):
+    """Base of both hosts.
+
+    Args:
+        layer: the user's module; it stays the same object.
+        switch: the model's one switch.
+        path: the layer's name in the user's model.
+    """
+
+    adapters: nn.ModuleDict  # adapter name -> ModuleDict of its parts here
+    switch: Switch
+
+    def __init__(self, layer: nn.Module, switch: Switch, path: str) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.adapters = nn.ModuleDict()
+        self.switch, self.path = switch, path
+        self.merged_adapters: tuple[str, ...] = ()
+        self.originals: dict[str, Tensor] = {}  # the untouched parameters, while merged
+        self.kept = True  # False: merged for good, the originals are gone
+        self.train(layer.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.switch.current()
+        if call.rows is not None:
+            return self.mixed(call.rows, args, kwargs)
+        return self.choose(call.active, args, kwargs)
+
+    def choose(self, active: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run with the adapters among ``active`` that are here."""
+        names = self.present(active)
+        if names == self.merged_adapters:
+            return self.as_it_is(*args, **kwargs)
+        if not self.kept:
+            raise StateError(
+                f"{self.path} was merged with keep=False, so only {list(self.merged_adapters)} "
+                "can run; "
+                "load the base model again for other adapters"
+            )
+        return self.run(names, args, kwargs)
+
+    def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer with the weights that it has now."""
+        return self.base_layer(*args, **kwargs)
+
+    def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each row with its own adapter; the rows of one adapter run together."""
+        n = mixed.count(args, kwargs)
+        if n is None:
+            raise StateError(
+                f"{self.path} received no tensor, so adapter_names cannot be applied to its rows"
+            )
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for i, name in enumerate(mixed.expand(rows, n, self.path)):
+            groups.setdefault(() if name == BASE else self.present((name,)), []).append(i)
+        if len(groups) == 1:
+            return self.choose(next(iter(groups)), args, kwargs)
+        device = next(self.parameters()).device
+        parts, order = [], []
+        for names, index in groups.items():
+            where = torch.tensor(index, device=device)
+            parts.append(
+                self.choose(names, mixed.take(args, where, n), mixed.take(kwargs, where, n))
+            )
+            order.extend(index)
+        return mixed.join(parts, torch.tensor(order, device=device).argsort())
+
+    def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in self.adapters)
+
+    def parts(self, names: tuple[str, ...]) -> list[Adapter]:
+        """The adapters of these names at this layer, the lowest first."""
+        return [part for name in names for part in self.adapters[name].values()]  # type: ignore[operator,misc]
+
+    def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def site_of(self, key: str) -> Site | None:
+        """The site of the part called ``key``; None for a part that replaces the whole module."""
+        raise NotImplementedError
+
+    def parts_of(self, name: str) -> list[tuple[str, Adapter]]:
+        """The parts of one adapter at this layer, with their keys; none where it is not here."""
+        return list(self.adapters[name].items()) if name in self.adapters else []  # type: ignore[operator]
+
+    def set_requires_grad(self, names: str | Sequence[str], on: bool = True) -> None:
+        """Freeze or unfreeze adapters at this layer."""
+        for name in (names,) if isinstance(names, str) else names:
+            for _, part in self.parts_of(name):
+                for parameter in part.parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(on)
+
+    def hidden(self, names: tuple[str, ...]) -> str | None:
+        """Which of these adapters has no effect here, in words; None where all have one."""
+        seen: list[tuple[str, Adapter]] = []
+        for name in self.present(names):
+            for _, part in self.parts_of(name):
+                lost = [low for low, other in seen if low != name and part.hides(other)]
+                if lost:
+                    return (
+                        f"{name!r} puts its values in place of those of {lost[0]!r} at {self.path}"
+                    )
+            seen += [(name, part) for _, part in self.parts_of(name)]
+        return None
+
+    def need_site(self, key: str) -> Site:
+        """The site of a part that has one."""
+        site = self.site_of(key)
+        assert site is not None
+        return site
+
+    def adopt(self, name: str, key: str, part: Adapter) -> None:
+        """Take a part of an adapter in."""
+        if name not in self.adapters:
+            self.adapters[name] = nn.ModuleDict()
+        self.adapters[name][key] = part.train(self.training)  # type: ignore[index]
+
+    def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that would do what the base and these adapters do, in fp32 or better."""
+        raise NotImplementedError
+
+    # -- merging: new tensors stand in for the originals, which come back as they were
+
+    def pristine(self, name: str) -> Tensor:
+        """A parameter of the layer as it was before any merging; ``name`` may be dotted."""
+        if name in self.originals:
+            return self.originals[name]
+        owner, leaf = owner_of(self.base_layer, name)
+        value: Tensor = getattr(owner, leaf)
+        return value
+
+    @torch.no_grad()
+    def prepare(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The parameters that merging ``names`` would write; nothing is changed.
+
+        Raises:
+            MergeError: a value is not finite, or the layer has no place for it.
+        """
+        new: dict[str, Tensor] = {}
+        names = self.present(names)
+        if not names:
+            return new
+        with no_autocast(self.base_layer):
+            for key, value in self.folded(names):
+                old = self.pristine(key)
+                value = value.to(old.dtype)
+                if not value.is_meta and not torch.isfinite(value).all():
+                    raise MergeError(
+                        f"merging {list(names)} would make {self.path}.{key} not finite in "
+                        f"{old.dtype}; nothing was "
+                        "changed. Look at model.adapters() for an update that is far larger than "
+                        "the weight"
+                    )
+                value = value.contiguous().clone()
+                new[key] = (
+                    nn.Parameter(value, requires_grad=False)
+                    if isinstance(old, nn.Parameter)
+                    else value
+                )
+        return new
+
+    def commit(self, names: tuple[str, ...], new: dict[str, Tensor], keep: bool | str) -> None:
+        """Put prepared parameters in place; ``keep``: True, "cpu" or False for the originals."""
+        for key, value in new.items():
+            owner, leaf = owner_of(self.base_layer, key)
+            if keep and key not in self.originals:
+                self.originals[key] = getattr(owner, leaf)
+                if keep == "cpu":
+                    self.originals[key].data = self.originals[key].data.cpu()
+            setattr(owner, leaf, value)
+        if not keep:
+            self.originals = {}
+        self.kept = bool(keep) or not new
+        self.merged_adapters = self.present(names)
+
+    def restore(self) -> None:
+        """Undo every merge, bit for bit."""
+        if self.merged_adapters and not self.kept:
+            raise StateError(
+                f"{self.path} was merged with keep=False: the original weight is gone; load the "
+                "base again"
+            )
+        for key, original in self.originals.items():
+            owner, leaf = owner_of(self.base_layer, key)
+            now = getattr(owner, leaf)
+            if (
+                original.device != now.device or original.dtype != now.dtype
+            ):  # the model was moved meanwhile
+                original.data = original.data.to(now.device, now.dtype)
+            setattr(owner, leaf, original)
+        self.originals, self.merged_adapters = {}, ()
+
+    # -- code that was written for the layer finds the layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name in NAMES:
+            return NAMES[name](self)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "base_layer" not in modules:
+                raise
+            return getattr(modules["base_layer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a host owns no tensors: `layer.weight = ...` (tying, resizing) is meant for the layer
+        if isinstance(value, Tensor) and "base_layer" in self.__dict__.get("_modules", {}):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def no_autocast(module: nn.Module) -> Any:
+    """A context without autocast on the module's device: folding a weight is exact work."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def owner_of(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a parameter, and the parameter's own name."""
+    owner, _, leaf = dotted.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in ``dtype`` where both are floating point; None leaves it."""
+    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
+
+
+class Beneath:
+    """A layer and the adapters below a given one: all that an adapter sees of the model.
+
+    ``layer(x)`` is the output of what is beneath, ``layer.weights()`` the same as a weight and
+    bias; both come in the dtype of the adapter that asks. ``layer.site`` is the geometry,
+    ``layer.context`` the values of this call.
+    """
+
+    def __init__(
+        self,
+        host: LayerHost,
+        parts: list[Adapter],
+        call: Callable[[Tensor], Tensor],
+        base: torch.dtype | None,
+        want: torch.dtype | None,
+    ) -> None:
+        self.site, self.host = host.site, host
+        self.parts, self.call, self.base, self.want = parts, call, base, want
+
+    @property
+    def context(self) -> Any:
+        return self.host.switch.current().context
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.parts:
+            return cast(self.call(cast(x, self.base)), self.want)
+        top = self.parts[-1]
+        want = None if self.base is None else top.dtype  # under autocast nobody casts but autocast
+        below = Beneath(self.host, self.parts[:-1], self.call, self.base, want)
+        if not self.site.linear:
+            return cast(Adapter.forward(top, x, below), self.want)
+        return cast(top(cast(x, want), below), self.want)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of what is beneath."""
+        b = self.weights()[1] if self.parts else self.site.bias
+        return None if b is None else cast(b, self.want)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of what is beneath."""
+        w, b = self.site.weight, self.site.bias
+        for part in self.parts:
+            w, b = part.fold(cast(w, part.dtype), None if b is None else cast(b, part.dtype))
+        return cast(w, self.want), None if b is None else cast(b, self.want)
+
+
+class LayerHost(Host):
+    """Stands where a weighted layer stood."""
+
+    def __init__(self, layer: nn.Module, switch: Switch, path: str) -> None:
+        super().__init__(layer, switch, path)
+        kind = kind_of(layer)
+        if kind is None:
+            raise TypeError(f"{path} is a {type(layer).__name__}, which is no known weighted layer")
+        self.site = kind(self)
+
+    def site_of(self, key: str) -> Site | None:
+        return self.site
+
+    def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x, *rest = args if args else (kwargs.pop("input"),)
+        device = x.device.type
+        free = torch.is_autocast_enabled(device)
+        if isinstance(self.site, Embedding) or not x.is_floating_point():
+            out = self.site.raw.dtype if self.site.raw.is_floating_point() else None
+        else:
+            out = torch.get_autocast_dtype(device) if free else x.dtype
+
+        def call(x: Tensor) -> Tensor:
+            return self.base(x, *rest, **kwargs)
+
+        return Beneath(
+            self,
+            self.parts(names),
+            call,
+            None if free else (x.dtype if x.is_floating_point() else out),
+            out,
+        )(x)
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The untouched layer."""
+        if not self.site.linear:
+            return self.site.apply(x, self.site.weight)
+        if self.originals:
+            output: Tensor = functional_call(self.base_layer, self.originals, (x, *args), kwargs)
+            return output
+        return self.as_it_is(x, *args, **kwargs)
+
+    def as_it_is(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.site.linear:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        weight = self.site.to_matrix(self.base_layer.weight)  # type: ignore[arg-type]
+        return self.site.apply(
+            x, weight
+        )  # torch itself would write renormalised rows into the table
+
+    def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        parts = [part.precise() for part in self.parts(names)]
+        w, b = Beneath(self, parts, self.base, None, None).weights()
+        yield self.site.parameter, self.site.from_matrix(w)
+        if b is not None:
+            if self.site.bias is None:
+                raise MergeError(
+                    f"the update of {self.path} has a bias and the layer has none, so merging "
+                    "would change the model's "
+                    "architecture; keep the adapter unmerged, or train it with lora_bias=False"
+                )
+            yield "bias", b

@@ -1,0 +1,193 @@
+"""Injection: plan an adapter's parts, build them, put them in place; whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, TargetConfig
+from ..errors import StateError, warn
+from .adapter import Adapter
+from .host import Host, LayerHost, no_autocast
+from .module import ModuleHost
+from .offer import Offer
+from .parts import Copy, Tied
+from .plan import Key, Slot, plan
+from .schedule import Schedule
+from .site import kind_of
+from .switch import BASE, Switch
+from .tree import hosts, inside, parameters, put, walk
+
+Built = dict[Key, tuple[Host, Adapter]]
+
+
+def inject(
+    model: nn.Module,
+    config: TargetConfig,
+    name: str,
+    switch: Switch | None = None,
+    *,
+    start: bool = True,
+    autocast: bool = True,
+    meta: bool = False,
+) -> Switch:
+    """Add an adapter to a model, in place.
+
+    Args:
+        model: the user's model, with or without adapters.
+        config: the method and where it goes; a copy of it is kept.
+        name: the adapter's name.
+        switch: that of a model whose last adapter was deleted; by default the model's, or a new
+            one.
+        start: fill the tensors with the method's starting values; False where a file follows.
+        autocast: tensors are fp32 where the base is fp16 or bf16.
+        meta: leave the tensors on the meta device.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        StateError: the name cannot be used, or adapters are merged.
+    """
+    switch = switch_of(model) or switch or Switch()
+    check_name(name, switch.configs)
+    if any(host.merged_adapters for host in hosts(model).values()):
+        raise StateError(
+            "adapters are merged into this model: unmerge_adapter() first, then add another"
+        )
+    config = copy.deepcopy(config)
+    built = build(model, plan(Offer(model), config), switch, start=start, autocast=autocast)
+    _warn_of_high_rank(built)
+    if not switch.configs:
+        switch.trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+        model.requires_grad_(False)
+    _place(model, name, built, meta)
+    switch.configs[name] = config
+    switch.activate(switch.active or (name,))
+    for host in {id(h): h for h, _ in built.values()}.values():
+        host.set_requires_grad(name, not config.inference_mode and name in switch.active)
+    _follow(switch, name, config, built)
+    return switch
+
+
+def switch_of(model: nn.Module) -> Switch | None:
+    """The switch of a model that has adapters."""
+    return next((m.switch for _, m in walk(model) if isinstance(m, Host)), None)
+
+
+def check_name(name: str, taken: Any) -> None:
+    """Refuse a name that cannot be an adapter's.
+
+    Raises:
+        StateError: the name is empty, has a dot, is reserved, or is taken.
+    """
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise StateError(
+            f"{name!r} cannot be an adapter's name: give one without a dot, such as 'default'"
+        )
+    if name in taken:
+        raise StateError(
+            f"there is an adapter {name!r} already; choose another name, or "
+            f"delete_adapter({name!r}) first"
+        )
+
+
+def build(
+    model: nn.Module, slots: list[Slot], switch: Switch, *, start: bool, autocast: bool
+) -> Built:
+    """The parts and their hosts, not yet in place."""
+    modules = dict(walk(model))
+    made: dict[int, Host] = {}
+    built: Built = {}
+    for slot in slots:
+        module = modules[slot.path]
+        if isinstance(module, Host):
+            host = module
+        else:
+            kind = LayerHost if kind_of(module) else ModuleHost
+            host = made.setdefault(id(module), kind(module, switch, slot.path))
+        if slot.source is not None:
+            part: Adapter = Tied(built[slot.source][1], slot.transposed)
+        else:
+            part = _make(slot, host, start=start, autocast=autocast)
+        part.prefix = slot.prefix
+        built[slot.path, slot.key] = host, part
+    return built
+
+
+def _make(slot: Slot, host: Host, *, start: bool, autocast: bool) -> Adapter:
+    assert slot.build is not None
+    weight = next(host.base_layer.parameters(), torch.empty(0))
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    if autocast:
+        dtype = torch.promote_types(dtype, torch.float32)
+    with _fresh(weight.device), torch.no_grad(), no_autocast(host.base_layer):
+        part = slot.build(host)
+        if isinstance(part, Copy):
+            return part
+        site = host.need_site(slot.key)
+        part.derive(site)
+        if start:
+            part.start(site)
+        return part.to(dtype)
+
+
+@contextmanager
+def _fresh(device: torch.device) -> Iterator[None]:
+    """New tensors are fp32 and on the device, whatever the program's defaults are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
+    everywhere: dict[int, list[str]] = {}  # a module that is shared stands at several paths
+    for path, module in walk(model):
+        everywhere.setdefault(id(inside(module)), []).append(path)
+    for (_, key), (host, part) in built.items():
+        if meta:
+            _to_meta(part)
+        host.adopt(name, key, part)
+        for path in everywhere[id(host.base_layer)]:
+            put(model, path, host)
+
+
+def _to_meta(part: Adapter) -> None:
+    for module in part.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+
+
+def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:
+    """Register the schedule of an adapter whose config has one, or a penalty."""
+    if type(config).penalty is not PeftConfig.penalty or config.has_schedule():
+        own = config.adapter()
+        parts = {
+            host.need_site(key).name: p
+            for (_, key), (host, p) in built.items()
+            if isinstance(p, own)
+        }
+        switch.schedules[name] = Schedule(config, parts)
+
+
+def _warn_of_high_rank(built: Built) -> None:
+    high = []
+    for (path, key), (host, part) in built.items():
+        site = host.site_of(key)
+        if site is not None and (part.rank() or 0) > min(site.shape):
+            high.append(f"r={part.rank()} at {path} {site.describe()}")
+    if high:
+        more = f" and {len(high) - 1} more" if len(high) > 1 else ""
+        warn(
+            "a rank above the smaller side of a layer adds parameters and nothing else: "
+            f"{high[0]}{more}; "
+            "use rank_pattern"
+        )

@@ -1,0 +1,94 @@
+"""ModuleHost: stands where any other module stood (attention with its own weights, stacked experts,
+heads, norms).
+
+Its parts fold single parameters, which the module's own code then reads through
+``functional_call``, or replace the module by a trained copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import StateError
+from .adapter import Adapter
+from .host import Host, cast, no_autocast
+from .parts import Copy
+from .site import ParameterSite, Site
+
+PARAM = "param:"  # prefix of the key of a part that sits at one parameter
+
+
+def part_key(parameter: str) -> str:
+    """The key of the part at a parameter; a ModuleDict key holds no dot."""
+    return PARAM + parameter.replace(".", ":")
+
+
+class ModuleHost(Host):
+    """Stands where a module stood that is not one matrix."""
+
+    def site_of(self, key: str) -> Site | None:
+        return (
+            ParameterSite(self, key.removeprefix(PARAM).replace(":", "."))
+            if key.startswith(PARAM)
+            else None
+        )
+
+    def replacement(self, names: tuple[str, ...]) -> tuple[Copy | None, list[tuple[str, Adapter]]]:
+        """The copy that runs instead of the module, if any, and the parts above it."""
+        chosen: Copy | None = None
+        above: list[tuple[str, Adapter]] = []
+        for name in names:
+            for key, part in self.adapters[name].items():  # type: ignore[operator]
+                if isinstance(part, Copy):
+                    chosen, above = part, []
+                else:
+                    above.append((key, part))
+        return chosen, above
+
+    def values(
+        self, copy: Copy | None, above: list[tuple[str, Adapter]], keep_dtype: bool
+    ) -> dict[str, Tensor]:
+        """The parameters after folding, by name."""
+        new: dict[str, Tensor] = {}
+        for key, part in above:
+            site = self.site_of(key)
+            assert site is not None
+            name = site.parameter
+            if name in new:
+                stored = new[name]
+            else:
+                stored = copy.module.get_parameter(name) if copy is not None else site.raw
+            part = part if keep_dtype else part.precise()
+            w, _ = part.fold(cast(site.to_matrix(stored), part.dtype), None)
+            w = site.from_matrix(w)
+            new[name] = cast(w, site.raw.dtype) if keep_dtype else w
+        return new
+
+    def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        copy, above = self.replacement(names)
+        with no_autocast(self.base_layer):
+            new = self.values(copy, above, keep_dtype=True)
+        module = self.base_layer if copy is None else copy.module
+        if copy is None:
+            new = {**self.originals, **new}
+        return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+
+    def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.base_layer, nn.MultiheadAttention) and not self.base_layer.batch_first:
+            raise StateError(
+                f"{self.path} takes the sequence first, so adapter_names cannot be applied to its "
+                "rows; "
+                "build it with batch_first=True"
+            )
+        return super().mixed(rows, args, kwargs)
+
+    def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        copy, above = self.replacement(names)
+        new = self.values(copy, above, keep_dtype=False)
+        if copy is not None:
+            new = {**copy.values(), **new}
+        yield from new.items()

@@ -1,0 +1,104 @@
+"""What a model offers to adapters, indexed once, and the table of it that errors show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import TargetError
+from .site import Standing, kind_of
+from .tree import inside, walk
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place for an adapter: a layer, or one parameter of a module."""
+
+    path: str
+    module: nn.Module
+    parameter: str | None = None  # None: the layer's own weight
+
+    @property
+    def name(self) -> str:
+        """The full name of the layer or parameter."""
+        return f"{self.path}.{self.parameter}" if self.parameter else self.path
+
+
+class Offer:
+    """The modules of a model by original path."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {path: inside(m) for path, m in walk(model) if path}
+        self.by_leaf: dict[str, list[str]] = {}
+        for path in self.modules:
+            self.by_leaf.setdefault(leaf(path), []).append(path)
+
+    def ending_with(self, entry: str) -> list[str]:
+        """The paths that are ``entry`` or end with it behind a dot."""
+        return [
+            p for p in self.by_leaf.get(leaf(entry), ()) if p == entry or p.endswith(f".{entry}")
+        ]
+
+    def targets(self, path: str) -> list[Target]:
+        """The places that a path stands for; attention with weights of its own has several."""
+        module = self.modules[path]
+        parent_path, _, name = path.rpartition(".")
+        if isinstance(module, nn.MultiheadAttention):
+            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+            own = dict(module.named_parameters())
+            return [Target(path, module, n) for n in [*names, "out_proj.weight"] if n in own]
+        if kind_of(module) is None:
+            return []
+        parent = self.modules.get(parent_path)
+        if isinstance(
+            parent, nn.MultiheadAttention
+        ):  # it reads its child's weight and never calls it
+            return [Target(parent_path, parent, f"{name}.weight")]
+        return [Target(path, module)]
+
+    def adaptable(self, path: str) -> bool:
+        """Whether an adapter can sit there."""
+        return bool(self.targets(path))
+
+    def input_embedding(self) -> str:
+        """The path of the input embedding.
+
+        Raises:
+            TargetError: the model does not say which one it is.
+        """
+        getter = getattr(self.model, "get_input_embeddings", None)
+        wanted = getter() if callable(getter) else None
+        tables = [p for p, m in self.modules.items() if isinstance(m, nn.Embedding)]
+        chosen = [p for p in tables if wanted is not None and self.modules[p] is inside(wanted)]
+        if chosen or len(tables) == 1:
+            return (chosen or tables)[0]
+        raise TargetError(
+            f"it is not known which embedding is the input's; name it. {self.table()}"
+        )
+
+    def table(self) -> str:
+        """``q_proj x32 Linear(4096, 4096)``: a line for each name of an adaptable layer."""
+        rows: Counter[str] = Counter()
+        for path, module in self.modules.items():
+            if kind := kind_of(module):
+                rows[f"{leaf(path)} x{{}} {kind(Standing(module)).describe()}"] += 1
+            elif isinstance(module, nn.MultiheadAttention):
+                rows[f"{leaf(path)} x{{}} MultiheadAttention({module.embed_dim})"] += 1
+        for path, module in self.modules.items():
+            for name, p in module._parameters.items():
+                if p is not None and p.ndim > 2 and kind_of(module) is None:
+                    size = ", ".join(map(str, p.shape))
+                    rows[f"{leaf(path)}.{name} x{{}} parameter({size})"] += 1
+        lines = ["  " + row.format(n) for row, n in rows.items()]
+        more = [f"  ... and {len(lines) - 24} more"] if len(lines) > 24 else []
+        if not lines:
+            return "The model has no linear, convolution or embedding layer."
+        return "The model offers:\n" + "\n".join(lines[:24] + more)
+
+
+def leaf(path: str) -> str:
+    """The last name of a path."""
+    return path.rpartition(".")[2]

@@ -1,0 +1,339 @@
+"""Grafted: the thin root over a user's model; every verb about its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, TargetConfig
+from ..errors import StateError, TrainingError, warn
+from . import inject as injection
+from . import ties
+from .host import Host
+from .rows import count
+from .schedule import add_to_loss
+from .switch import BASE, Switch, tensors_in
+from .tree import hosts, parameters, put, walk
+
+
+class Grafted(nn.Module):
+    """A model with adapters, in place.
+
+    Args:
+        model: the user's model; its layers get hosts around them.
+        peft_config: the first adapter's config.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave its tensors on the meta device, for a file that follows.
+        **options: ``start``, ``autocast``; see ``engine.inject.inject``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.switch = injection.switch_of(model) or Switch()
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, **options)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.switch.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    def hosts(self) -> dict[str, Host]:
+        """The hosts by original path."""
+        return hosts(self.model)
+
+    # -- calling
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's forward; ``adapter_names``: one for each row, ``"__base__"`` for none."""
+        switch = self.switch
+        if adapter_names is not None:
+            with switch.call(switch.active, self.rows(adapter_names, args, kwargs)):
+                return self._forward(switch, args, kwargs)
+        return self._forward(switch, args, kwargs)
+
+    def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        learning = self.training and torch.is_grad_enabled()
+        if learning:
+            for schedule in switch.schedules.values():
+                schedule.check()
+        outputs = self.model(*args, **kwargs)
+        if learning:
+            names = switch.current().active
+            terms = [s.penalty() for n, s in switch.schedules.items() if n in names]
+            outputs = add_to_loss(outputs, [t for t in terms if t is not None])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            switch.remember(outputs)
+            if learning:
+                self._check_learning(switch, outputs)
+        return outputs
+
+    def _check_learning(self, switch: Switch, outputs: Any) -> None:
+        floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
+        if not floats or any(t.requires_grad for t in floats):
+            return
+        names = switch.current().active
+        if any(
+            p.requires_grad
+            for h in self.hosts().values()
+            for n in h.present(names)
+            for p in h.adapters[n].parameters()
+        ):
+            raise TrainingError(
+                "no gradient reaches the adapters: the outputs do not depend on any trainable "
+                "tensor. With reentrant "
+                "gradient checkpointing, call model.enable_input_require_grads() or pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise look for '
+                "torch.no_grad() in the model"
+            )
+
+    def rows(self, names: Sequence[str], args: Any = (), kwargs: Any = None) -> tuple[str, ...]:
+        """``names`` checked against the adapters and the batch."""
+        rows = tuple(names)
+        self.switch.check(tuple(n for n in rows if n != BASE))
+        n = count(args, kwargs or {})
+        if n is not None and (not rows or n % len(rows)):
+            raise StateError(
+                f"adapter_names has {len(rows)} entries for a batch of {n} rows; give one name "
+                "for each row"
+            )
+        if any(getattr(m, "batch_first", True) is False for m in self.model.modules()):
+            raise StateError(
+                "this model takes the sequence first (batch_first=False), so adapter_names cannot "
+                "be applied "
+                "to its rows; run one adapter at a time"
+            )
+        return rows
+
+    @contextmanager
+    def using(
+        self, *names: str, rows: Sequence[str] | None = None, **context: Any
+    ) -> Iterator[None]:
+        """Within the block, in this thread, these adapters are active; none: the base model.
+
+        Args:
+            *names: adapters, the lowest first.
+            rows: one adapter name for each row of the batch instead.
+            **context: values for methods that route by them.
+        """
+        switch = self.switch
+        with switch.call(switch.check(names), None if rows is None else self.rows(rows), **context):
+            yield
+
+    # -- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ) -> None:
+        """Add one more adapter; it is active only where it is the first."""
+        if not isinstance(peft_config, TargetConfig):
+            raise TypeError(
+                f"a {type(peft_config).__name__} does not say which layers to adapt; give a "
+                "method's own config, "
+                "such as LoraConfig(r=8)"
+            )
+        injection.inject(
+            self.model, peft_config, adapter_name, self.switch, meta=low_cpu_mem_usage, **options
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active, the lowest first; they alone are trainable, unless
+        ``inference_mode``.
+
+        Raises:
+            StateError: a name is unknown, or two of them replace the same module.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        switch = self.switch
+        switch.check(names)
+        all_hosts = self.hosts()
+        if reason := next(filter(None, (h.hidden(names) for h in all_hosts.values())), None):
+            raise StateError(f"these adapters cannot be active together: {reason}; leave one out")
+        switch.activate(names)
+        for host in all_hosts.values():
+            for name in host.adapters:
+                host.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Freeze or unfreeze adapters, whether active or not."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.switch.check(names)
+        for host in self.hosts().values():
+            host.set_requires_grad(names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on again."""
+        self.switch.activate(enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off, until ``enable_adapter_layers``."""
+        self.switch.activate(enabled=False)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Drop adapters; layers without any other get back their place in the model."""
+        switch = self.switch
+        names = switch.check(
+            (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        )
+        delete(self.model, switch, names)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        switch = self.switch
+        switch.check((old,))
+        injection.check_name(new, switch.configs)
+        for host in self.hosts().values():
+            kept = {new if n == old else n: m for n, m in host.adapters.items()}
+            host.adapters.clear()
+            host.adapters.update(kept)
+            host.merged_adapters = tuple(new if n == old else n for n in host.merged_adapters)
+        for table in (switch.configs, switch.schedules):
+            for n in list(table):
+                table[new if n == old else n] = table.pop(n)  # type: ignore[attr-defined]
+        switch.activate(tuple(new if n == old else n for n in switch.active))
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PEFT's manual call of AdaLoRA's schedule; not needed: the optimizer's step drives it."""
+
+    # -- merging
+
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = True,
+        keep: bool | str = True,
+    ) -> None:
+        """Write adapters into the weights; the whole model is checked before anything is changed.
+
+        Args:
+            adapter_names: which, the lowest first; those that are active by default.
+            safe_merge: PEFT's name for the check, which is always made.
+            keep: what becomes of the original weights: True keeps them where they are, ``"cpu"`` in
+                main memory, False drops them, so that it cannot be undone.
+
+        Raises:
+            MergeError: an update is not finite, or a layer has no place for it.
+        """
+        switch, every = self.switch, list(self.hosts().values())
+        merged = tuple(dict.fromkeys(n for host in every for n in host.merged_adapters))
+        wanted = switch.check(tuple(adapter_names) if adapter_names else switch.active)
+        new = tuple(n for n in wanted if n not in merged)
+        if not new:
+            warn(
+                f"{list(wanted)} are merged already; nothing to do"
+                if wanted
+                else "no adapter is active; nothing to merge"
+            )
+            return
+        names = merged + new
+        if keep:
+            prepared = [(host, host.prepare(names)) for host in every]
+        else:  # twice, so that no second copy of the model is ever held
+            for host in every:
+                host.prepare(names)
+            prepared = ((host, host.prepare(names)) for host in every)  # type: ignore[assignment]
+        ties.commit(self.model, names, prepared, keep, switch)
+        switch.before_merge = switch.active if switch.before_merge is None else switch.before_merge
+        switch.activate(names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, bit for bit."""
+        switch, every = self.switch, self.hosts().values()
+        if not any(host.merged_adapters for host in every):
+            warn("no adapter is merged; nothing to undo")
+            return
+        merged = tuple(dict.fromkeys(n for host in every for n in host.merged_adapters))
+        for host in every:
+            host.restore()
+        ties.restore(self.model, switch)
+        if switch.before_merge is not None and switch.active == merged:
+            switch.activate(switch.before_merge)
+        switch.before_merge = None
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Write adapters into the weights for good, and give back the plain model."""
+        if adapter_names or self.switch.active:
+            merged = {n for host in self.hosts().values() for n in host.merged_adapters}
+            if not merged.issuperset(adapter_names or self.switch.active):
+                self.merge_adapter(adapter_names, keep=False)
+        return self._bare()
+
+    def unload(self) -> nn.Module:
+        """Give back the user's own model: its objects, its classes, its hooks and its bits."""
+        if any(host.merged_adapters for host in self.hosts().values()):
+            self.unmerge_adapter()
+        return self._bare()
+
+    def _bare(self) -> nn.Module:
+        trainable = self.switch.trainable
+        for path, module in list(walk(self.model)):
+            if isinstance(module, Host):
+                put(self.model, path, module.base_layer)
+        for name, parameter in parameters(self.model):
+            parameter.requires_grad_(name in trainable)
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+
+def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
+    """Drop adapters from a model."""
+    every = hosts(model)
+    for path, host in every.items():
+        if busy := [n for n in names if n in host.merged_adapters]:
+            raise StateError(
+                f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+            )
+    for host in every.values():
+        for name in host.present(tuple(names)):
+            del host.adapters[name]
+    for name in names:
+        switch.configs.pop(name)
+        switch.schedules.pop(name, None)
+    left = tuple(n for n in switch.active if n in switch.configs)
+    if not left and switch.configs and switch.active:
+        left = (next(iter(switch.configs)),)
+        warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
+        for host in every.values():
+            host.set_requires_grad(left, not switch.configs[left[0]].inference_mode)
+    switch.activate(left)
+    for path, module in list(walk(model)):
+        if isinstance(module, Host) and not len(module.adapters):
+            put(model, path, module.base_layer)

@@ -1,0 +1,149 @@
+"""Schedules and penalties: what some methods do beside the forward pass, driven by the optimizer's
+own steps.
+
+PyTorch calls a hook around the step of every optimizer. The hook finds the adapters whose tensors
+that optimizer holds, so nobody has to remember to call anything; where tensors change and no
+optimizer's step was seen, training stops with an error instead of going on without its schedule.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ..errors import TrainingError
+
+if TYPE_CHECKING:
+    from ..config import PeftConfig
+    from .adapter import Adapter
+
+_LIVE: weakref.WeakSet[Schedule] = weakref.WeakSet()
+_HOOKED: list[Any] = []
+
+
+class Schedule:
+    """The adapters of one name that follow the optimizer, and how far they are.
+
+    Args:
+        config: the adapter's config; its ``penalty`` and ``after_step`` are called.
+        adapters: the adapters by path.
+    """
+
+    def __init__(self, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
+        self.config, self.adapters = config, adapters
+        self.step = 0
+        self.delivered = False  # the penalty's gradient has come with the loss since the last step
+        self.version: int | None = None
+        self.unseen = (
+            0  # forwards in a row before which the tensors had changed and no step was seen
+        )
+        self.watch()
+
+    def watch(self) -> None:
+        """Be called by optimizers from now on."""
+        if not _HOOKED:
+            _HOOKED.append(register_optimizer_step_pre_hook(_before))
+            _HOOKED.append(register_optimizer_step_post_hook(_after))
+        _LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch()
+
+    def tensors(self) -> Iterator[Tensor]:
+        for adapter in self.adapters.values():
+            yield from (p for p in adapter.parameters() if p.requires_grad)
+
+    def first(self) -> Tensor | None:
+        return next(self.tensors(), None)
+
+    def penalty(self) -> Tensor | None:
+        """The term of the loss, noted as delivered when its gradient is computed."""
+        term = self.config.penalty(self.adapters)
+        if isinstance(term, Tensor) and term.requires_grad:
+            if torch.compiler.is_compiling():
+                self.delivered = True
+            else:
+                term.register_hook(self._deliver)
+        return term
+
+    def _deliver(self, _: Tensor) -> None:
+        self.delivered = True
+
+    def check(self) -> None:
+        """Before a training forward: have the tensors been changed by something that is no torch
+        optimizer?
+
+        Raises:
+            TrainingError: they have, again and again.
+        """
+        first = self.first()
+        if first is None or not type(self.config).has_schedule():
+            return
+        changed = self.version is not None and first._version != self.version
+        self.unseen = self.unseen + 1 if changed else 0
+        self.version = first._version
+        if self.unseen > 1:
+            raise TrainingError(
+                f"{type(self.config).__name__} follows the optimizer's steps, but the adapter "
+                "changes and no step of a torch "
+                "optimizer that holds its parameters was seen, so its schedule stands still. "
+                "Train it with a "
+                "torch.optim.Optimizer built from model.parameters()"
+            )
+
+    def before_step(self) -> None:
+        if not self.delivered:
+            term = self.config.penalty(self.adapters)
+            if isinstance(term, Tensor) and term.requires_grad:
+                term.backward()  # type: ignore[no-untyped-call]
+        self.delivered = False
+
+    def after_step(self) -> None:
+        self.step += 1
+        self.config.after_step(self.adapters, self.step)
+        first = self.first()
+        self.version, self.unseen = None if first is None else first._version, 0
+
+
+def _held(optimizer: Optimizer) -> list[Schedule]:
+    if not _LIVE:
+        return []
+    held = {
+        id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    }
+    return [s for s in _LIVE if (first := s.first()) is not None and id(first) in held]
+
+
+def _before(optimizer: Optimizer, *_: Any) -> None:
+    for schedule in _held(optimizer):
+        with torch.enable_grad():
+            schedule.before_step()
+
+
+def _after(optimizer: Optimizer, *_: Any) -> None:
+    for schedule in _held(optimizer):
+        schedule.after_step()
+
+
+def add_to_loss(outputs: Any, terms: list[Tensor]) -> Any:
+    """A model's outputs with ``terms`` added to their loss, where they have one."""
+    if not terms:
+        return outputs
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(loss, Tensor):
+        total = loss + sum(term.to(loss.dtype) for term in terms)
+        if isinstance(outputs, Mapping):
+            outputs["loss"] = total  # type: ignore[index]
+        else:
+            outputs.loss = total
+    return outputs

@@ -1,0 +1,132 @@
+"""Switch: the one place that knows which adapters are active. One object a model, shared by all its
+hosts.
+
+A choice for one call (``adapter_names=``, ``using()``, ``disable_adapter()``) travels in a
+thread-local ``Call``, so threads do not see each other's, and layers cannot disagree. Gradient
+checkpointing runs the forward again during backward, when that call is over: the model's outputs
+carry a hook that names their call to the recomputation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..config import PeftConfig
+    from .schedule import Schedule
+
+BASE = "__base__"  # a row of a mixed batch that no adapter touches
+
+
+class _Calls(threading.local):
+    now: Call | None = None
+    replay: Call | None = None
+
+
+_CALLS = _Calls()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The choice that holds for one call of a model."""
+
+    switch: Switch
+    active: tuple[str, ...]
+    rows: tuple[str, ...] | None = None  # one adapter name a row of a mixed batch
+    context: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # values for routed methods: task ids, gates, offsets
+
+
+class Switch:
+    """A model's adapters, which of them are active, and what was trainable before."""
+
+    def __init__(self) -> None:
+        self.configs: dict[str, PeftConfig] = {}
+        self.schedules: dict[str, Schedule] = {}  # of the adapters that follow the optimizer
+        self.trainable: frozenset[str] = frozenset()  # base parameters that were trainable before
+        self.before_merge: tuple[str, ...] | None = None  # what was active before merging
+        self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.standing = Call(self, ())
+
+    def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
+        """Choose the active adapters, the lowest first, and whether they run at all."""
+        self.active = self.active if names is None else names
+        self.enabled = self.enabled if enabled is None else enabled
+        self.standing = Call(self, self.active if self.enabled else ())
+
+    def check(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """``names`` where all are adapters of this model."""
+        for name in names:
+            if name not in self.configs:
+                raise StateError(
+                    f"there is no adapter {name!r}; this model has {sorted(self.configs) or 'none'}"
+                    + did_you_mean(name, self.configs)
+                )
+        return names
+
+    def current(self) -> Call:
+        """The choice that holds here and now."""
+        now = _CALLS.now
+        if now is not None and now.switch is self:
+            return now
+        if not torch.compiler.is_compiling():
+            replay = _CALLS.replay
+            if (
+                replay is not None
+                and replay.switch is self
+                and torch._C._current_graph_task_id() != -1
+            ):
+                return replay
+        return self.standing
+
+    @contextmanager
+    def call(
+        self, active: tuple[str, ...], rows: tuple[str, ...] | None = None, **context: Any
+    ) -> Iterator[None]:
+        """Within the block, in this thread, the model computes with this choice."""
+        before = _CALLS.now
+        _CALLS.now = Call(self, active, rows, context)
+        try:
+            yield
+        finally:
+            _CALLS.now = before
+
+    def remember(self, outputs: Any) -> None:
+        """Tie the present choice to ``outputs``: a forward may be repeated in their backward."""
+        call = self.current()
+
+        def replay(_: Any) -> None:
+            _CALLS.replay = call
+            torch.autograd.Variable._execution_engine.queue_callback(_forget)
+
+        for tensor in tensors_in(outputs):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(replay)
+
+
+def _forget() -> None:
+    _CALLS.replay = None
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output: a tensor, or nested tuples, lists and mappings of them."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors_in(value)

@@ -1,0 +1,93 @@
+"""The user's model as it was before any host: its modules and parameters by original name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from .host import Host
+
+# children through which torch wraps a module: the path of what is inside is the path of the whole
+TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The user's module, without hosts and torch's wrappers around it."""
+    while True:
+        if isinstance(module, Host):
+            module = module.base_layer
+            continue
+        for name in TRANSPARENT:
+            if name in module._modules:
+                module = module._modules[name]  # type: ignore[assignment]
+                break
+        else:
+            return module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module by original path, hosts standing for layers; a shared module at each path."""
+    yield path, module
+    for name, child in inside(module).named_children():
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def hosts(module: nn.Module) -> dict[str, Host]:
+    """The hosts of a model by original path; one that stands at several paths comes once."""
+    found: dict[int, tuple[str, Host]] = {}
+    for path, m in walk(module):
+        if isinstance(m, Host):
+            found.setdefault(id(m), (path, m))
+    return dict(found.values())
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Make ``module`` the child at an original path."""
+    parent_path, _, name = path.rpartition(".")
+    parent = inside(model)
+    for part in parent_path.split(".") if parent_path else ():
+        parent = inside(parent._modules[part])  # type: ignore[arg-type]
+    parent._modules[name] = module  # as setattr would, also for names that are no identifiers
+
+
+def parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The user's own parameters by original name, as they were before any merging."""
+    for path, module in walk(model):
+        layer = inside(module)
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                held = (
+                    module.originals.get(name, parameter) if isinstance(module, Host) else parameter
+                )
+                yield f"{path}.{name}" if path else name, held
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two parameters are one, by identity or by storage."""
+    if a is b:
+        return True
+    if a.is_meta or b.is_meta or a.shape != b.shape or a.device != b.device:
+        return False
+    return a.data_ptr() == b.data_ptr() != 0
+
+
+def tied_ends(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The other modules whose ``weight`` is the same tensor as that of the module at ``path``."""
+    modules = dict(walk(model))
+    here = inside(modules[path])
+    mine = _weight(modules[path])
+    ends = []
+    for other, module in modules.items():
+        if inside(module) is not here and mine is not None:
+            theirs = _weight(module)
+            if theirs is not None and same_storage(mine, theirs):
+                ends.append((other, module))
+    return ends
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    layer = inside(module)
+    if "weight" not in layer._parameters:
+        return None
+    return module.pristine("weight") if isinstance(module, Host) else layer._parameters["weight"]

@@ -1,0 +1,74 @@
+"""The errors of this library, and the few helpers that give each one its remedy."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class GraftworkError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class TargetError(GraftworkError, ValueError):
+    """A config's pattern that matches nothing in the model, or a layer that cannot be adapted."""
+
+
+class FileError(GraftworkError, RuntimeError):
+    """An adapter folder that is missing, damaged, or does not fit the model."""
+
+
+class StateError(GraftworkError, ValueError):
+    """A request that the present adapters do not allow: an unknown name, a merged adapter, ..."""
+
+
+class MergeError(GraftworkError, ValueError):
+    """An update that cannot be written into the base weight."""
+
+
+class TrainingError(GraftworkError, RuntimeError):
+    """Training that would run without effect, or that has gone wrong."""
+
+
+class PeftWarning(UserWarning):
+    """Base of this library's warnings."""
+
+
+@dataclass
+class Policy:
+    """What happens where PEFT only warns; ``as_peft()`` turns errors into warnings here."""
+
+    lenient: bool = False
+
+
+POLICY = Policy()
+
+
+def nearest(word: str, words: Iterable[str], count: int = 3) -> str:
+    """The words closest to ``word`` as ``'a', 'b'``; the empty string where none is near."""
+    found = difflib.get_close_matches(word, list(dict.fromkeys(words)), n=count, cutoff=0.5)
+    return ", ".join(repr(w) for w in found)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``"; did you mean 'q_proj'?"`` or nothing."""
+    near = nearest(word, words)
+    return f"; did you mean {near}?" if near else ""
+
+
+def warn(message: str, category: type[Warning] = PeftWarning) -> None:
+    """Warn at the line of the user's program, not at a line of this library."""
+    warnings.warn(message, category, stacklevel=_depth_of_user_code())
+
+
+def _depth_of_user_code() -> int:
+    import sys
+
+    frame, depth = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("graftwork"):
+        if frame.f_back is None:
+            break
+        frame, depth = frame.f_back, depth + 1
+    return depth

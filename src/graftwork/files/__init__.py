@@ -1,0 +1,1 @@
+"""Adapter folders: PEFT's two files, read and written."""

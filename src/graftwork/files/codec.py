@@ -1,0 +1,239 @@
+"""Tensors under PEFT's names, which are made from their owners and never taken apart."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.adapter import Adapter
+from ..engine.host import Host
+from ..engine.parts import Copy
+from ..engine.tree import hosts, inside, walk
+from ..errors import POLICY, FileError, warn
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class LoadReport:
+    """What became of the tensors of a file.
+
+    ``missing`` are names that the adapter has and the file lacks, ``unexpected`` the other way
+    round, ``reshaped`` those with another shape, ``renamed`` those that were found under another
+    name.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    @property
+    def missing_keys(self) -> list[str]:
+        return self.missing
+
+    @property
+    def unexpected_keys(self) -> list[str]:
+        return self.unexpected
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.matched)} tensors match"]
+        for title, names, others in (
+            ("missing in the file", self.missing, self.unexpected),
+            ("in the file, but not in the adapter", self.unexpected, self.missing),
+            ("with another shape", self.reshaped, []),
+        ):
+            if names:
+                lines.append(f"{len(names)} {title}:")
+                lines += [f"  {name}{_near(name, others)}" for name in names[:8]]
+                lines += [f"  ... and {len(names) - 8} more"] if len(names) > 8 else []
+        return "\n".join(lines)
+
+
+@dataclass
+class Owned:
+    """One part of an adapter in a model, and the front of its names in a file."""
+
+    part: Adapter
+    front: str
+    config: Any  # resolved for the part's path
+
+
+def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
+    """The parts of an adapter; ``config`` is that of the file where it is not the adapter's own."""
+    found = []
+    for path, host in hosts(model).items():
+        if name not in host.adapters:
+            continue
+        own = config or host.switch.configs[name]
+        for key, part in host.adapters[name].items():  # type: ignore[operator]
+            site = host.site_of(key)
+            at = own.at(path, site.parameter if site else "weight")
+            found.append(Owned(part, f"{path}.{part.prefix}", at))
+    return found
+
+
+def state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's names, without ``base_model.model.``."""
+    out: dict[str, Tensor] = {}
+    for o in owned(model, name):
+        for key, tensor in o.part.file_tensors().items():
+            full = o.front + key
+            assert full not in out, f"two tensors would be saved as {full}"
+            out[full] = tensor.detach()
+    return out
+
+
+def expected(parts: list[Owned]) -> dict[str, tuple[Owned, str, tuple[int, ...]]]:
+    """File name -> the part that owns it, its key there, and its shape in the file."""
+    return {
+        o.front + key: (o, key, shape)
+        for o in parts
+        for key, shape in o.part.expects(o.config).items()
+    }
+
+
+def compare(
+    model: nn.Module,
+    parts: list[Owned],
+    tensors: Mapping[str, Any],
+    key_mapping: Mapping[str, str] | None = None,
+) -> tuple[LoadReport, dict[str, str]]:
+    """How a file fits an adapter, without loading it; also, name in the adapter -> name in the
+    file.
+
+    Args:
+        model: the user's model.
+        parts: the adapter's parts.
+        tensors: the file: anything with a ``shape`` by name.
+        key_mapping: regex -> replacement, for the names of a model that was built otherwise.
+    """
+    want, report, found = expected(parts), LoadReport(), {}
+    base = _embeddings(model, tensors)
+    for key in tensors:
+        plain = renamed(key, key_mapping)
+        if plain in want or plain in base:
+            found[plain] = key
+            if key != plain and key != PREFIX + plain:
+                report.renamed[key] = plain
+            shape = want[plain][2] if plain in want else tuple(base[plain].shape)
+            if tuple(tensors[key].shape) != tuple(shape):
+                report.reshaped.append(
+                    f"{key}: {tuple(tensors[key].shape)} in the file, {tuple(shape)} in the model"
+                )
+            else:
+                report.matched.append(key)
+        elif not _double(plain, parts):
+            report.unexpected.append(key)
+    report.missing = [PREFIX + key for key in want if key not in found]
+    return report, found
+
+
+def judge(report: LoadReport, where: str, strict: bool, hint: str = "") -> None:
+    """Stop where a file does not fit, or say so.
+
+    Raises:
+        FileError: a tensor is missing, unexpected or of another shape, and ``strict``.
+    """
+    if report.ok:
+        return
+    text = f"{where} does not fit this adapter and model{hint}:\n{report}"
+    if strict and not POLICY.lenient:
+        raise FileError(f"{text}\nNothing was loaded. To load what fits, pass strict='warn'.")
+    if report.reshaped:
+        raise FileError(text)
+    if report.missing:
+        text = f"Found missing adapter keys while loading the checkpoint: {report.missing}.\n{text}"
+    warn(f"{text}\nThose tensors did not take effect")
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, parts: list[Owned], tensors: Mapping[str, Tensor], found: Mapping[str, str]
+) -> None:
+    """Give the parts the values of a file that was compared before."""
+    by_part: dict[int, tuple[Owned, dict[str, Tensor]]] = {}
+    for plain, (o, key, _) in expected(parts).items():
+        if plain in found:
+            by_part.setdefault(id(o), (o, {}))[1][key] = tensors[found[plain]]
+    for o, values in by_part.values():
+        _materialise(o.part, next(iter(values.values())).device)
+        o.part.take(values, o.config)
+    for plain, weight in _embeddings(model, tensors).items():
+        if plain in found and weight.shape == tensors[found[plain]].shape:
+            weight.copy_(tensors[found[plain]])
+
+
+def _materialise(part: Adapter, device: torch.device) -> None:
+    for module in part.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(p, device=device), p.requires_grad
+                )
+
+
+def renamed(key: str, key_mapping: Mapping[str, str] | None) -> str:
+    plain = key.removeprefix(PREFIX)
+    for pattern, replacement in (key_mapping or {}).items():
+        new, count = re.subn(pattern, replacement, plain)
+        if count:
+            return new
+    return plain
+
+
+def _embeddings(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The base's embedding and output weights, which a file may carry (resized vocabulary)."""
+    found = {}
+    wanted = {id(inside(layer)) for layer in embedding_layers(model)}
+    for path, module in walk(model):
+        if id(inside(module)) in wanted:
+            weight = (
+                module.pristine("weight")
+                if isinstance(module, Host)
+                else inside(module)._parameters["weight"]
+            )
+            for plain in (f"{path}.weight", f"{path}.base_layer.weight"):
+                if plain in tensors or PREFIX + plain in tensors:
+                    found[plain] = weight
+    return found  # type: ignore[return-value]
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output layer, where the model has them."""
+    layers = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        getter = getattr(model, name, None)
+        try:
+            layer = getter() if callable(getter) else None
+        except NotImplementedError:  # transformers' answer of a model without one
+            layer = None
+        if layer is not None and "weight" in inside(layer)._parameters:
+            layers.append(layer)
+    return layers
+
+
+def _double(plain: str, parts: list[Owned]) -> bool:
+    """PEFT with bias='all' writes the biases of a saved module two times more."""
+    fronts = {o.front for o in parts if isinstance(o.part, Copy)}
+    return any(
+        plain.startswith(f + inner)
+        for f in fronts
+        for inner in ("original_module.", "modules_to_save.")
+    ) and plain.endswith(".bias")
+
+
+def _near(name: str, others: list[str]) -> str:
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+    return f"  (nearest: {near[0]})" if near else ""

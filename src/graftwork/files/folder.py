@@ -1,0 +1,248 @@
+"""One adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes
+them.
+
+Saving is atomic as a whole. The new config is written beside the old one under a name that holds
+its digest; the weights, whose header names that digest, then replace the old weights in one rename;
+then the config takes its place. A reader that comes after a crash between the two renames finds the
+digest in the weights and takes the waiting config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..config import CONFIG_NAME, PeftConfig
+from ..errors import POLICY, FileError
+from .hub import Source
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+NOTE = "graftwork"  # the entry in the weights' header that is ours
+MAX_CONFIG = 16 * 2**20  # bytes; a config is a few kilobytes
+
+
+def write(
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    note: Mapping[str, Any],
+    training: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter folder; a crash at any moment leaves the old adapter or the new one.
+
+    Args:
+        folder: where to; made where it is missing.
+        config: the adapter's config.
+        tensors: its tensors under PEFT's full names.
+        note: what else a reader should know, kept in the weights' header.
+        training: what a resumed training needs; kept in a file of its own.
+
+    Raises:
+        FileError: the folder cannot be written; the old adapter is intact.
+    """
+    text = config.to_json().encode()
+    digest = hashlib.sha256(text).hexdigest()[:16]
+    state = to_bytes(_apart(training), {"format": "pt"}) if training else b""
+    kept = f"training_state-{hashlib.sha256(state).hexdigest()[:16]}.safetensors" if state else ""
+    header = {
+        "format": "pt",
+        NOTE: json.dumps({**note, "config": digest, "training": kept}, sort_keys=True),
+    }
+    waiting = f".{CONFIG_NAME}.{digest}"
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if kept:
+            _replace(folder / kept, state)
+        _replace(folder / waiting, text)
+        _replace(
+            folder / WEIGHTS, to_bytes(_apart(tensors), header)
+        )  # from here on the folder holds the new adapter
+        os.replace(folder / waiting, folder / CONFIG_NAME)
+        _sync_folder(folder)
+        for old in [
+            *folder.glob("training_state-*.safetensors"),
+            *folder.glob(f".{CONFIG_NAME}.*"),
+        ]:
+            if old.name != kept:
+                old.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two of which share memory."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor"):
+            tensor = _gathered(name, tensor)
+        value = tensor.detach().cpu().contiguous()
+        if value.numel() and value.untyped_storage().data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        out[name] = value
+    return out
+
+
+def _gathered(name: str, tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
+    what = "is on the meta device, so it has no values" if tensor.is_meta else "is partitioned"
+    raise FileError(
+        f"{name} {what}; gather it before saving (deepspeed.zero.GatheredParameters), or load its "
+        "values first"
+    )
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"the adapter could not be saved in {folder}: {error}. What was there before is "
+            "intact; "
+            "choose another folder or make room"
+        ) from error
+
+
+def read_config(where: Any, subfolder: str | None = None, **options: Any) -> PeftConfig:
+    """The config of an adapter, in its method's class.
+
+    Raises:
+        FileError: there is none, or it cannot be used.
+    """
+    return config_of(Source(where, subfolder, **options))
+
+
+def config_of(source: Source) -> PeftConfig:
+    """The config that belongs to the weights of a source."""
+    from ..table import METHODS, method
+
+    path = source.find(CONFIG_NAME)
+    if source.folder is not None and (digest := note_of(source).get("config")):
+        waiting = source.find(f".{CONFIG_NAME}.{digest}")
+        path = waiting or path
+    if path is None:
+        raise FileError(f"{source} has no {CONFIG_NAME}, so it is no adapter folder")
+    if path.stat().st_size > MAX_CONFIG:
+        raise FileError(
+            f"{path} has {path.stat().st_size} bytes, far more than a config; it is damaged or "
+            "hostile"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileError(f"{path} is no JSON: {error}") from error
+    if not isinstance(data, dict) or "peft_type" not in data:
+        raise FileError(f"{path} has no 'peft_type', so it is no adapter's config")
+    if data["peft_type"] not in METHODS:
+        raise FileError(
+            f"{path} is of the method {data['peft_type']!r}; this version has {sorted(METHODS)}"
+        )
+    try:
+        return method(data["peft_type"]).config.from_fields(data, str(path))
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{path} cannot be used: {error}") from error
+
+
+def note_of(source: Source) -> dict[str, Any]:
+    """What this library noted in the header of the weights; empty for files of others."""
+    path = source.find(WEIGHTS)
+    if path is None:
+        return {}
+    with _opened(path) as file:
+        try:
+            note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
+        except json.JSONDecodeError:
+            return {}
+    return note if isinstance(note, dict) else {}
+
+
+def read_tensors(
+    source: Source, device: str | None = None, allow_pickle: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of an adapter, under the names in the file.
+
+    Args:
+        source: where from.
+        device: where to; by default the CPU.
+        allow_pickle: read ``adapter_model.bin`` too, with PyTorch's restricted unpickler.
+
+    Raises:
+        FileError: there are no weights, or they are damaged.
+    """
+    path = source.find(WEIGHTS)
+    if path is not None:
+        with _opened(path, device or "cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    pickled = source.find(PICKLE)
+    if pickled is None:
+        raise FileError(f"{source} has neither {WEIGHTS} nor {PICKLE}, so it is no adapter folder")
+    if not (allow_pickle or POLICY.lenient):
+        raise FileError(
+            f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
+            "it, pass "
+            "allow_pickle=True, and save it again to have it as "
+            "safetensors"
+        )
+    loaded: dict[str, Tensor] = torch.load(pickled, map_location=device or "cpu", weights_only=True)
+    return loaded
+
+
+def read_training(source: Source) -> dict[str, Tensor]:
+    """What a resumed training needs, where the folder has it."""
+    name = note_of(source).get("training")
+    if not name or not re.fullmatch(r"training_state-[0-9a-f]{16}\.safetensors", str(name)):
+        return {}
+    path = source.find(name)
+    if path is None:
+        raise FileError(
+            f"{source} was saved with {name}, which is not there any more, so its training cannot "
+            "be resumed; "
+            "load it with is_trainable=False, or restore the file"
+        )
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+@contextmanager
+def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        raise FileError(f"{path} is damaged or no safetensors file: {error}") from error

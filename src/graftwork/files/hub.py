@@ -1,0 +1,112 @@
+"""Where an adapter is: one resolver for folders and hub ids, used by everything that reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+HUB_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "repo_type",
+    "user_agent",
+    "local_dir",
+    "library_name",
+    "library_version",
+    "etag_timeout",
+    "headers",
+    "endpoint",
+)
+
+
+class Source:
+    """A folder, or a repository on the hub, from which files are fetched by name.
+
+    Args:
+        where: a folder or a hub id.
+        subfolder: a folder inside it.
+        **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ...
+    """
+
+    def __init__(
+        self, where: str | os.PathLike[str], subfolder: str | None = None, **options: Any
+    ) -> None:
+        self.where, self.subfolder = os.fspath(where), subfolder or ""
+        self.options = {k: v for k, v in options.items() if k in HUB_OPTIONS}
+        if "use_auth_token" in options:
+            self.options["token"] = options["use_auth_token"]
+        self.folder = Path(self.where) if os.path.isdir(self.where) else None
+        if self.folder is not None and not (self.folder / self.subfolder).is_dir():
+            raise FileError(
+                f"{self.where} has no folder {self.subfolder!r}; it has {_folders(self.folder)}"
+            )
+        if self.folder is None and _looks_local(self.where):
+            raise FileError(
+                f"there is no folder {self.where}; give the folder that save_pretrained wrote, or "
+                "a hub id such "
+                "as 'user/adapter'"
+            )
+
+    def __str__(self) -> str:
+        return os.path.join(self.where, self.subfolder) if self.subfolder else self.where
+
+    def find(self, name: str) -> Path | None:
+        """The path of a file, fetched where needed; None where the source has no such file.
+
+        Raises:
+            FileError: the repository does not exist or cannot be reached.
+        """
+        if self.folder is not None:
+            path = self.folder / self.subfolder / name
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+
+        try:
+            return Path(
+                hf_hub_download(self.where, name, subfolder=self.subfolder or None, **self.options)
+            )
+        except LocalEntryNotFoundError as error:
+            if self.options.get("local_files_only"):
+                return None
+            raise FileError(
+                f"{self} is not in the cache and the hub cannot be reached: {error}"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            raise FileError(
+                f"{self.where} is no folder here, and not to be had from the hub: {error}"
+            ) from error
+
+    def need(self, name: str) -> Path:
+        """The path of a file that must be there."""
+        path = self.find(name)
+        if path is None:
+            raise FileError(f"{self} has no {name}, so it is no adapter folder")
+        return path
+
+
+def _looks_local(where: str) -> bool:
+    return (
+        where.startswith((".", "~", os.sep))
+        or where.count("/") > 1
+        or (os.sep != "/" and os.sep in where)
+    )
+
+
+def _folders(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    return ", ".join(map(repr, names)) or "none"

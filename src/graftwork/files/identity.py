@@ -1,0 +1,97 @@
+"""The identity of a base model: enough to notice that an adapter meets another base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.tree import parameters
+
+SAMPLED = 16  # weights that are sampled
+POINTS = 64  # numbers taken from each of them
+FLEETING = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "tie_word_embeddings",
+}
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """The model's class, a digest of its config and of its shapes, and hashes of sampled weights.
+
+    The samples are rounded to bf16, so that one base in two precisions is the same base.
+    """
+    named = [(name, p) for name, p in parameters(model)]
+    shapes = {name: list(p.shape) for name, p in named}
+    weights = [
+        (name, p) for name, p in named if p.is_floating_point() and p.ndim > 1 and not p.is_meta
+    ]
+    chosen = weights[:: max(1, len(weights) // SAMPLED)][:SAMPLED]
+    return {
+        "class": type(model).__name__,
+        "config": _digest(_config(model)),
+        "shapes": _digest(shapes),
+        "weights": {name: sample(p) for name, p in chosen},
+    }
+
+
+def sample(weight: Tensor) -> str:
+    """A hash of some numbers of a weight."""
+    flat = weight.detach().reshape(-1)
+    points = torch.linspace(
+        0, flat.numel() - 1, min(POINTS, flat.numel()), dtype=torch.float64
+    ).long()
+    values = flat[points.to(flat.device)].to(torch.bfloat16).float().cpu()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
+    """What differs between a model and a saved identity, in words; empty for the same base."""
+    now = identity(model)
+    out = []
+    if now["class"] != saved.get("class"):
+        out.append(
+            f"the class: {now['class']} here, {saved.get('class')} when the adapter was saved"
+        )
+    if now["shapes"] != saved.get("shapes"):
+        out.append("the names or shapes of the weights")
+    elif now["config"] != saved.get("config"):
+        out.append("the model's config")
+    here = dict(parameters(model))
+    other = [
+        name
+        for name, digest in saved.get("weights", {}).items()
+        if name in here
+        and here[name].is_floating_point()
+        and not here[name].is_meta
+        and sample(here[name]) != digest
+    ]
+    if other:
+        out.append(
+            f"the values of {len(other)} of {len(saved['weights'])} sampled weights, e.g. "
+            f"{other[0]}"
+        )
+    return out
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    data = (
+        config.to_dict()
+        if hasattr(config, "to_dict")
+        else config
+        if isinstance(config, dict)
+        else {}
+    )
+    return {k: v for k, v in data.items() if k not in FLEETING}
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Other libraries: transformers' Trainer, and standing in for peft."""

@@ -1,0 +1,80 @@
+"""transformers' Trainer recognises a ``PeftModel`` by its class. Here it learns to recognise ours
+as well.
+
+With the real peft installed or not, and whichever library is imported first: modules that are
+loaded are changed now, modules that are not are changed when they are.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+WATCHED = ("transformers.trainer_utils", "transformers.trainer")
+
+
+def recognise() -> None:
+    """Let transformers' Trainer treat this library's models as PEFT's."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    for name in WATCHED:
+        if name in sys.modules:
+            _teach(sys.modules[name])
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+
+
+def _teach(module: ModuleType) -> None:
+    from ..model.peft_model import PeftModel
+    from ..model.tasks import PeftMixedModel
+
+    if "is_peft_available" not in module.__dict__:  # still being imported
+        return
+    for name, ours in (("PeftModel", PeftModel), ("PeftMixedModel", PeftMixedModel)):
+        theirs = module.__dict__.get(name, ())
+        if ours is not theirs and not (isinstance(theirs, tuple) and ours in theirs):
+            setattr(
+                module, name, (theirs, ours) if theirs else ours
+            )  # isinstance takes nested tuples
+    module.__dict__["is_peft_available"] = _yes
+
+
+def _yes() -> bool:
+    return True
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Changes a watched module as soon as it has been imported."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in WATCHED:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _teach(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)

@@ -1,0 +1,1 @@
+"""One file per method: its formula, its config, its mathematics."""

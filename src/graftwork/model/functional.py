@@ -1,0 +1,268 @@
+"""PEFT's functions on any model: inject adapters, read and write their tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import PeftConfig, TargetConfig
+from ..engine import inject as injection
+from ..engine.offer import Offer
+from ..engine.root import Grafted, delete
+from ..engine.switch import Switch
+from ..engine.tree import hosts, inside, walk
+from ..errors import FileError, StateError
+from ..files import codec
+from ..files.folder import read_tensors
+from ..files.hub import Source
+
+
+def user_model(model: nn.Module) -> nn.Module:
+    """The user's own model inside a wrapper of this library, or itself."""
+    inner = inside(getattr(model, "base_model", model))
+    return inner.model if isinstance(inner, Grafted) else model
+
+
+def switch_of(model: nn.Module) -> Switch:
+    """The switch of a model with adapters.
+
+    Raises:
+        StateError: it has none.
+    """
+    switch = injection.switch_of(user_model(model))
+    if switch is None:
+        raise StateError(
+            f"this {type(model).__name__} has no adapters; attach one with get_peft_model(model, "
+            "LoraConfig(r=8))"
+        )
+    return switch
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Add an adapter to a model in place, without any wrapper around the model.
+
+    Args:
+        peft_config: the method and where it goes.
+        model: any module.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: leave its tensors on the meta device, for a state dict that follows.
+        state_dict: take the target layers from these names instead of from the config.
+    """
+    if not isinstance(peft_config, TargetConfig):
+        raise TypeError(
+            f"a {type(peft_config).__name__} does not say which layers to adapt, so it cannot be "
+            "injected"
+        )
+    model = user_model(model)
+    if state_dict is not None:
+        peft_config = _targets_of(peft_config, model, state_dict)
+    switch = injection.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
+    model.peft_config = switch.configs  # type: ignore[assignment]
+    return model
+
+
+def _targets_of(
+    config: TargetConfig, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> TargetConfig:
+    from copy import copy
+
+    names = [key.removeprefix(codec.PREFIX) for key in tensors]
+    offer = Offer(model)
+    paths = {
+        p for p in offer.modules if offer.adaptable(p) and any(n.startswith(f"{p}.") for n in names)
+    }
+    if not paths:
+        raise FileError(
+            "no name in state_dict belongs to a layer of the model" + f"; e.g. {names[:3]}"
+        )
+    new = copy(config)
+    new.target_modules = paths
+    return new
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's names.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters (the names then have no
+            ``base_model.model.``).
+        state_dict: the model's own state dict, where its tensors had to be gathered from elsewhere.
+        adapter_name: which adapter.
+        unwrap_compiled: PEFT's option; compiled models are always looked through.
+        save_embedding_layers: also the base's embedding and output weights; "auto": where the
+            adapter changes them or the vocabulary has another size than the base model's config
+            says.
+    """
+    inner = user_model(model)
+    switch_of(model).check((adapter_name,))
+    tensors = codec.state(inner, adapter_name)
+    if state_dict is not None:
+        names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
+        own = {k: t for o in codec.owned(inner, adapter_name) for k, t in _full(o).items()}
+        gathered = {k: names.get(id(t)) for k, t in own.items()}
+        tensors = {
+            k: state_dict[g] if (g := gathered[k]) in state_dict else t for k, t in tensors.items()
+        }  # type: ignore[index]
+    if _wants_embeddings(inner, adapter_name, save_embedding_layers):
+        tensors.update(_embedding_tensors(inner, tensors))
+    prefix = codec.PREFIX if inner is not model else ""
+    return {prefix + key: tensor for key, tensor in tensors.items()}
+
+
+def _full(owned: codec.Owned) -> dict[str, Tensor]:
+    return {owned.front + key: tensor for key, tensor in owned.part.file_tensors().items()}
+
+
+def _wants_embeddings(model: nn.Module, name: str, wish: bool | str) -> bool:
+    if wish != "auto":
+        return bool(wish)
+    config = switch_of(model).configs[name]
+    if config.method.value == "TRAINABLE_TOKENS" or getattr(
+        config, "trainable_token_indices", None
+    ):
+        return False
+    targets = getattr(config, "target_modules", None) or ()
+    if not isinstance(targets, str) and {"embed_tokens", "lm_head"} & {
+        t.rpartition(".")[2] for t in targets
+    }:
+        return True
+    return vocabulary_changed(model, config.base_model_name_or_path)
+
+
+def vocabulary_changed(model: nn.Module, base: str | None) -> bool:
+    """Whether the vocabulary differs from the base model's config on this machine."""
+    import json
+
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is None or not base:
+        return False
+    path: Any = os.path.join(base, "config.json")
+    if not os.path.isfile(path):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            path = try_to_load_from_cache(base, "config.json")
+        except HFValidationError:  # a path of another machine
+            return False
+    if not isinstance(path, str) or not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file).get("vocab_size")
+    return before is not None and before != size
+
+
+def _embedding_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
+    found = hosts(model)
+    out = {}
+    for path, module in walk(model):
+        if id(inside(module)) in wanted and f"{path}.weight" not in tensors:
+            middle = "base_layer." if path in found else ""
+            weight = (
+                found[path].pristine("weight")
+                if path in found
+                else inside(module).get_parameter("weight")
+            )
+            out[f"{path}.{middle}weight"] = weight.detach()
+    return out
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: str = "error",
+) -> codec.LoadReport:
+    """Give an adapter the values of a state dict in PEFT's names.
+
+    Args:
+        model: a ``PeftModel``, or a model with injected adapters.
+        peft_model_state_dict: the tensors, with or without ``base_model.model.`` in front.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out tensors of another shape.
+        low_cpu_mem_usage: PEFT's option; tensors on the meta device always become real.
+        strict: "error", or "warn" to take what fits.
+
+    Raises:
+        FileError: a tensor is missing, unexpected or of another shape.
+    """
+    inner = user_model(model)
+    switch_of(model).check((adapter_name,))
+    parts = codec.owned(inner, adapter_name)
+    tensors = dict(peft_model_state_dict)
+    report, found = codec.compare(inner, parts, tensors)
+    if ignore_mismatched_sizes and report.reshaped:
+        bad = {line.partition(":")[0] for line in report.reshaped}
+        found = {plain: key for plain, key in found.items() if key not in bad}
+        report.reshaped = []
+    codec.judge(report, "the state dict", strict == "error")
+    codec.fill(inner, parts, tensors, found)
+    return report
+
+
+def load_peft_weights(
+    model_id: str,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    *,
+    allow_pickle: bool = False,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk or on the hub, under the names in the file.
+
+    Args:
+        model_id: a folder or a hub id.
+        device: where to; by default the CPU.
+        key_mapping: regex -> replacement for names.
+        allow_pickle: read ``adapter_model.bin`` too.
+        **hf_hub_download_kwargs: ``subfolder``, ``revision``, ``token``, ...
+    """
+    tensors = read_tensors(Source(model_id, **hf_hub_download_kwargs), device, allow_pickle)
+    return {
+        codec.PREFIX + codec.renamed(k, key_mapping) if key_mapping else k: t
+        for k, t in tensors.items()
+    }
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None
+) -> None:
+    """Drop an adapter of a model with injected ones; the last two arguments are PEFT's."""
+    switch = switch_of(model)
+    delete(user_model(model), switch, switch.check((adapter_name,)))
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: Any, inference_mode: bool = False, layer_cls: Any = None
+) -> None:
+    """Make adapters of a model with injected adapters active."""
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    switch = switch_of(model)
+    switch.activate(switch.check(names))
+    for host in hosts(user_model(model)).values():
+        host.set_adapter(names, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: Any, requires_grad: bool = True) -> None:
+    """Freeze or unfreeze adapters of a model with injected adapters."""
+    for host in hosts(user_model(model)).values():
+        host.set_requires_grad(adapter_names, requires_grad)

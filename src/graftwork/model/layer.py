@@ -1,0 +1,110 @@
+"""PEFT's names on a host, for programs that walk over a model's layers (``BaseTunerLayer`` in
+PEFT).
+
+The state is the model's; a layer only shows it. Each function below becomes an attribute of every
+host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..engine.host import NAMES, Host
+
+
+def shown(function: Callable[[Host], Any]) -> Callable[[Host], Any]:
+    """Make a function of a host an attribute of hosts."""
+    NAMES[function.__name__] = function
+    return function
+
+
+def verb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of a host and arguments a method of hosts."""
+    NAMES[function.__name__] = lambda host: partial(function, host)
+    return function
+
+
+@shown
+def active_adapters(host: Host) -> list[str]:
+    """The model's active adapters."""
+    return list(host.switch.active)
+
+
+@shown
+def active_adapter(host: Host) -> str | list[str]:
+    """The active adapter, or a list where it is not just one."""
+    names = active_adapters(host)
+    return names[0] if len(names) == 1 else names
+
+
+@shown
+def disable_adapters(host: Host) -> bool:
+    """Whether all adapters of the model are switched off."""
+    return not host.switch.enabled
+
+
+@shown
+def merged(host: Host) -> bool:
+    """Whether adapters are merged into this layer."""
+    return bool(host.merged_adapters)
+
+
+@verb
+def get_base_layer(host: Host) -> nn.Module:
+    """The user's own layer."""
+    return host.base_layer
+
+
+@verb
+def set_adapter(
+    host: Host, adapter_names: str | Sequence[str], inference_mode: bool = False
+) -> None:
+    """Make adapters active in the whole model, and trainable here unless ``inference_mode``."""
+    names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+    host.switch.activate(host.switch.check(names))
+    for name in host.adapters:
+        host.set_requires_grad(name, name in names and not inference_mode)
+
+
+@verb
+def enable_adapters(host: Host, enabled: bool) -> None:
+    """Switch all adapters of the whole model on or off."""
+    host.switch.activate(enabled=enabled)
+
+
+@verb
+def delete_adapter(host: Host, adapter_name: str) -> None:
+    """Drop an adapter's tensors at this layer."""
+    if adapter_name in host.adapters:
+        del host.adapters[adapter_name]
+
+
+@verb
+def merge(host: Host, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
+    """Write adapters into this layer's weight; it is always checked to be finite."""
+    wanted = tuple(adapter_names) if adapter_names else host.switch.active
+    names = tuple(dict.fromkeys(host.merged_adapters + host.switch.check(wanted)))
+    host.commit(names, host.prepare(names), True)
+
+
+@verb
+def unmerge(host: Host) -> None:
+    """Take the adapters out of this layer's weight again, bit for bit."""
+    host.restore()
+
+
+@verb
+def adapter_state_dict_load_map(host: Host, adapter_name: str) -> dict[str, str]:
+    """Names in a PEFT file, behind this layer's path -> names in this module."""
+    found: dict[str, str] = {}
+    for key, part in host.parts_of(adapter_name):
+        inner = {id(t): name for name, t in part.state_dict(keep_vars=True).items()}
+        for name, tensor in part.file_tensors().items():
+            if id(tensor) in inner:
+                where = f"adapters.{adapter_name}.{key}.{inner[id(tensor)]}"
+                found[f"{part.prefix}{name}"] = where
+    return found

@@ -1,0 +1,453 @@
+"""PeftModel: a model with adapters, with PEFT's names; ``get_peft_model`` makes one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, PeftType, TaskType
+from ..engine.inject import switch_of
+from ..engine.root import Grafted
+from ..errors import POLICY, FileError, StateError, warn
+from ..files.codec import LoadReport
+from . import report, storage
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put an adapter into a model, in place, and freeze the rest.
+
+    Args:
+        model: the model to adapt.
+        peft_config: the method, such as ``LoraConfig(r=8)``.
+        adapter_name: the adapter's name.
+        mixed: PEFT's option for models that mix methods; every model here may.
+        autocast_adapter_dtype: keep the adapter in fp32 where the model is in fp16 or bf16.
+        revision: the base model's revision on the hub, noted in the config.
+        low_cpu_mem_usage: leave the adapter on the meta device, for a file that follows.
+
+    Raises:
+        StateError: the model has adapters already.
+        TargetError: the config means layers that the model does not have.
+    """
+    from .tasks import MixedModel, class_for
+
+    peft_config = copy(peft_config)
+    peft_config.base_model_name_or_path = (
+        model.__dict__.get("name_or_path") or peft_config.base_model_name_or_path
+    )
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warn(f"revision={revision!r} replaces the config's {peft_config.revision!r}")
+        peft_config.revision = revision
+    cls = MixedModel if mixed else class_for(peft_config)
+    return cls(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+class PeftModel(nn.Module):
+    """A model with adapters.
+
+    Args:
+        model: the model to adapt; its layers get hosts around them, in place.
+        peft_config: the first adapter's config; a copy is kept.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep adapters in fp32 where the model is in fp16 or bf16.
+        low_cpu_mem_usage: leave the adapter on the meta device, for a file that follows.
+
+    Raises:
+        StateError: the model has adapters already; use ``add_adapter`` or ``load_adapter``.
+    """
+
+    TASK: TaskType | None = None
+    base_model: Grafted
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        model = _unwrapped(model, adapter_name)
+        peft_config = copy(peft_config)
+        peft_config.task_type = peft_config.task_type or self.TASK
+        if peft_config.task_type is None and peft_config.auto_mapping is None:
+            kind = type(model)
+            peft_config.auto_mapping = {
+                "base_model_class": kind.__name__,
+                "parent_library": kind.__module__,
+            }
+        self.base_model = Grafted(
+            model,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage,
+            autocast=autocast_adapter_dtype,
+            **options,
+        )
+        self.config = getattr(model, "config", {"model_type": "custom"})
+        self.train(model.training)
+        _prepare_checkpointing(model)
+        from ..interop.transformers import recognise
+
+        recognise()
+
+    # -- state
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.switch.configs
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.switch.configs = value
+
+    @property
+    def peft_type(self) -> PeftType:
+        return self.active_peft_config.method
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.base_model.switch.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        names = self.active_adapters or list(self.peft_config)
+        if not names:
+            raise StateError(
+                "this model has no adapter any more; add one with add_adapter('default', "
+                "LoraConfig(r=8))"
+            )
+        return self.peft_config[names[0]]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        found = {
+            m
+            for config in self.peft_config.values()
+            for m in getattr(config, "modules_to_save", None) or ()
+        }
+        return found or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.base_model.switch.enabled and bool(self.active_adapters)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with the hosts in it."""
+        model: nn.Module = self.base_model.model
+        return model
+
+    # -- calling
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's forward; ``adapter_names`` gives each row of the batch its own adapter."""
+        return self.base_model(*args, adapter_names=adapter_names, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's ``generate``; ``adapter_names``: an adapter for each row of the batch."""
+        model: Any = self.get_base_model()
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)
+        inputs = args or tuple(
+            kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None
+        )
+        rows = self.base_model.rows(adapter_names, inputs)
+        with self.base_model.switch.call(self.base_model.switch.active, rows):
+            return model.generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block, in this thread, the model is the base model."""
+        with self.base_model.using():
+            yield
+
+    # -- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **options: Any,
+    ) -> None:
+        """Add one more adapter, of any method; ``set_adapter`` makes it active.
+
+        Raises:
+            StateError: the name is taken, or adapters are merged.
+        """
+        peft_config = copy(peft_config)
+        peft_config.base_model_name_or_path = (
+            peft_config.base_model_name_or_path or self._base_name()
+        )
+        self.base_model.add_adapter(
+            adapter_name, peft_config, low_cpu_mem_usage, autocast=autocast_adapter_dtype, **options
+        )
+
+    def _base_name(self) -> str | None:
+        return next((c.base_model_name_or_path for c in self.peft_config.values()), None)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active, the lowest first; unless ``inference_mode``, they alone train."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Drop adapters."""
+        self.base_model.delete_adapter(adapter_name)
+
+    # -- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters: ``default`` into the folder, others into folders of their names. No
+        network is asked.
+
+        Args:
+            save_directory: where to.
+            safe_serialization: PEFT's option; the format is always safetensors.
+            selected_adapters: which adapters; all by default.
+            save_embedding_layers: also the base's embeddings; "auto": where the adapter or the
+                vocabulary changed them.
+            is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: anything but None writes an adapter that
+                starts from the base weight (PiSSA, OLoRA) as a plain LoRA of twice the rank, for
+                the untouched base.
+            **kwargs: ``state_dict``: the model's gathered tensors.
+
+        Raises:
+            FileError: the folder cannot be written.
+        """
+        if not safe_serialization:
+            text = "pickle files are not written; safe_serialization=False"
+            if not POLICY.lenient:
+                raise ValueError(f"{text} is refused. Leave it out")
+            warn(f"{text} writes safetensors")
+        if is_main_process:
+            plain = path_initial_model_for_weight_conversion is not None
+            storage.save(
+                self,
+                save_directory,
+                selected_adapters,
+                save_embedding_layers,
+                plain,
+                kwargs.get("state_dict"),
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter into a model.
+
+        Args:
+            model: the base model.
+            model_id: the adapter's folder or hub id.
+            adapter_name: the name that it gets.
+            is_trainable: whether it will be trained on.
+            config: used instead of the folder's config.
+            autocast_adapter_dtype: keep the adapter in fp32 where the model is in fp16 or bf16.
+            ephemeral_gpu_offload: not available.
+            low_cpu_mem_usage: PEFT's option; a file's tensors are never initialised first.
+            key_mapping: regex -> replacement for the names of a model that was built otherwise.
+            **kwargs: ``strict="warn"`` to load what fits, ``allow_pickle=True`` to read
+                ``adapter_model.bin``, and the hub's ``subfolder``, ``revision``, ``token``,
+                ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            FileError: the folder or a tensor in it does not fit; the model is as it was.
+        """
+        from .tasks import class_for
+
+        _refuse_offload(ephemeral_gpu_offload)
+        loader = storage.Loader(model_id, config, is_trainable, key_mapping, kwargs)
+        wanted = cls if cls is not PeftModel else class_for(loader.config)
+        fresh = switch_of(model) is None
+        peft_model = wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
+        try:
+            loader.load_into(peft_model, adapter_name, new=True)
+        except BaseException:
+            if fresh:
+                peft_model.base_model.unload()
+            raise
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load one more adapter, or the values of one that is there, and tell what was loaded.
+
+        Raises:
+            FileError: the folder or a tensor in it does not fit; the model is as it was.
+        """
+        _refuse_offload(ephemeral_gpu_offload)
+        loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            self.add_adapter(
+                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
+            )
+        try:
+            found = loader.load_into(self, adapter_name, new)
+        except BaseException:
+            if new:
+                self.base_model.delete_adapter(adapter_name)
+            raise
+        if not is_trainable:
+            self.eval()
+        return found
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the adapters to the hub."""
+        return storage.push(self, repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write or complete the folder's ``README.md``."""
+        storage.model_card(output_dir, self.active_peft_config)
+
+    # -- reports
+
+    def adapters(self) -> report.Adapters:
+        """What is adapted, where, and how: a table when printed, data when read."""
+        return report.adapters(self.base_model)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are; shared tensors count once."""
+        return report.count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, in PEFT's words."""
+        trainable, every = report.count(self)
+        print(
+            f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: "
+            f"{100 * trainable / every:.4f}"
+        )
+
+    def get_layer_status(self) -> list[report.TunerLayerStatus]:
+        """PEFT's report on each adapted layer."""
+        return report.layer_status(self.base_model)
+
+    def get_model_status(self) -> report.TunerModelStatus:
+        """PEFT's report on the model."""
+        return report.model_status(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+
+def _unwrapped(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The plain model; wrapping it twice is an error, since both would share its layers."""
+    switch = switch_of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if switch is None:
+        return model
+    text = (
+        f"this model already has the adapters {sorted(switch.configs)}, and they live in the "
+        "model itself. Use "
+        f"model.add_adapter({adapter_name!r}, config) or model.load_adapter(folder, name) for one "
+        "more, or go on with "
+        "model.unload()"
+    )
+    if not POLICY.lenient:
+        raise StateError(text)
+    warn(
+        f"You are trying to modify a model with PEFT for a second time: {text}. The new adapter "
+        "is added to them"
+    )
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    if adapter_name in switch.configs:
+        from ..engine.root import delete
+
+        delete(model, switch, (adapter_name,))
+    return model
+
+
+def _refuse_offload(wanted: bool) -> None:
+    if wanted:
+        raise ValueError(
+            "ephemeral_gpu_offload is not available: adapters stay where their layer is. Leave it "
+            "out"
+        )
+
+
+def _prepare_checkpointing(model: nn.Module) -> None:
+    """Checkpointing that was on before: let gradients flow out of frozen embeddings."""
+    name = (
+        "is_activation_checkpointing"
+        if hasattr(type(model), "is_activation_checkpointing")
+        else "is_gradient_checkpointing"
+    )
+    if getattr(model, name, False) and hasattr(model, "enable_input_require_grads"):
+        try:
+            model.enable_input_require_grads()
+        except NotImplementedError as error:  # a model without input embeddings
+            raise FileError(str(error)) from error
+
+
+__all__ = ["PeftModel", "get_peft_model"]

@@ -1,0 +1,269 @@
+"""Reports: what is adapted, active, trainable and merged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.dense import logical_numel
+from ..engine.host import Host
+from ..engine.root import Grafted
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
+
+
+@dataclass
+class Row:
+    """One adapter at one place."""
+
+    site: str
+    layer: str
+    adapter: str
+    method: str
+    rank: int | None
+    scale: float
+    dtype: str
+    device: str
+    active: bool
+    trainable: bool
+    merged: bool
+    change: (
+        float | None
+    )  # norm of the update relative to the weight's; None where it cannot be computed
+
+
+class Adapters(list[Row]):
+    """The rows; printing gives a table in which equal layers share a line."""
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [asdict(row) for row in self]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self:
+            name = row.site.rpartition(".")[2]
+            key = (
+                name,
+                row.layer,
+                row.adapter,
+                row.method,
+                row.rank,
+                row.scale,
+                row.dtype,
+                row.device,
+                row.active,
+                row.trainable,
+                row.merged,
+            )
+            groups.setdefault(key, []).append(row)
+        head = (
+            "site",
+            "layer",
+            "adapter",
+            "method",
+            "rank",
+            "scale",
+            "dtype",
+            "device",
+            "state",
+            "change",
+        )
+        lines = [head] + [_line(rows) for rows in groups.values()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def _line(rows: list[Row]) -> tuple[str, ...]:
+    first = rows[0]
+    site = first.site if len(rows) == 1 else f"{first.site.rpartition('.')[2]} x{len(rows)}"
+    words = [
+        word
+        for word, on in (
+            ("active", first.active),
+            ("trainable", first.trainable),
+            ("merged", first.merged),
+        )
+        if on
+    ]
+    changes = [row.change for row in rows if row.change is not None]
+    low, high = (min(changes), max(changes)) if changes else (0.0, 0.0)
+    change = (
+        "-"
+        if not changes
+        else f"{low:.2%}"
+        if f"{low:.2%}" == f"{high:.2%}"
+        else f"{low:.2%} to {high:.2%}"
+    )
+    return (
+        site,
+        first.layer,
+        first.adapter,
+        first.method,
+        "-" if first.rank is None else str(first.rank),
+        f"{first.scale:g}",
+        first.dtype.removeprefix("torch."),
+        first.device,
+        " ".join(words) or "-",
+        change,
+    )
+
+
+def adapters(root: Grafted) -> Adapters:
+    """A row for each part of each adapter at each layer."""
+    return Adapters(row for path, host in root.hosts().items() for row in _rows(path, host))
+
+
+def _rows(path: str, host: Host) -> Iterator[Row]:
+    switch = host.switch
+    for name, parts in host.adapters.items():
+        for key, part in parts.items():  # type: ignore[operator]
+            site = host.site_of(key)
+            tensors = [t for t in part.state_dict(keep_vars=True).values() if t.is_floating_point()]
+            like = tensors[0] if tensors else next(host.base_layer.parameters())
+            yield Row(
+                site=path
+                if site is None or site.parameter in ("weight", "bias")
+                else f"{path}.{site.parameter}",
+                layer=type(host.base_layer).__name__ if site is None else site.describe(),
+                adapter=name,
+                method=type(part).__name__,
+                rank=part.rank(),
+                scale=part.scale,
+                dtype=str(like.dtype),
+                device=str(like.device),
+                active=name in switch.active and switch.enabled,
+                trainable=any(t.requires_grad for t in tensors),
+                merged=name in host.merged_adapters,
+                change=_change(part, site),
+            )
+
+
+@torch.no_grad()
+def _change(part: Any, site: Any) -> float | None:
+    if site is None or not site.raw.is_floating_point() or site.raw.ndim < 2 or site.raw.is_meta:
+        return None
+    w = site.weight.to(part.dtype)
+    return float(part.delta_norm(w) / w.norm().clamp(min=1e-12))
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of a model; a tensor that is used at several places counts once."""
+    seen: set[Any] = set()
+    trainable = every = 0
+    for p in model.parameters():
+        if _mark(p) in seen:
+            continue
+        seen.add(_mark(p))
+        n = logical_numel(p)
+        every += n
+        trainable += n if p.requires_grad else 0
+    return trainable, every
+
+
+def _mark(p: Tensor) -> Any:
+    address = 0 if p.is_meta else p.data_ptr()
+    return (address, p.device, p.storage_offset(), p.numel()) if address else id(p)
+
+
+@dataclass
+class TunerLayerStatus:
+    """PEFT's report on one layer."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """PEFT's report on the model."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: dict[str, int] | None = field(default=None)
+
+
+def layer_status(root: Grafted) -> list[TunerLayerStatus]:
+    """A report for each adapted layer."""
+    switch = root.switch
+    return [
+        TunerLayerStatus(
+            name=f"model.{path}",
+            module_type="+".join(
+                sorted(
+                    {type(p).__name__ for parts in host.adapters.values() for p in parts.values()}
+                )
+            ),  # type: ignore[operator]
+            enabled=switch.enabled,
+            active_adapters=list(switch.active),
+            merged_adapters=list(host.merged_adapters),
+            requires_grad={
+                name: _agreed(p.requires_grad for p in parts.parameters())
+                for name, parts in host.adapters.items()
+            },
+            available_adapters=sorted(host.adapters),
+            devices={
+                name: sorted({p.device.type for p in parts.parameters()})
+                for name, parts in host.adapters.items()
+            },
+        )
+        for path, host in root.hosts().items()
+    ]
+
+
+def model_status(model: PeftModel) -> TunerModelStatus:
+    """The layers' reports, put together."""
+    root = model.base_model
+    layers, (trainable, total) = layer_status(root), count(model)
+    names = sorted({n for layer in layers for n in layer.available_adapters})
+    flags = {
+        n: [layer.requires_grad[n] for layer in layers if n in layer.requires_grad] for n in names
+    }
+    devices = {n: sorted({d for layer in layers for d in layer.devices.get(n, ())}) for n in names}
+    return TunerModelStatus(
+        base_model_type=type(root.model).__name__,
+        adapter_model_type=type(root).__name__,
+        peft_types={n: c.method.value for n, c in model.peft_config.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=root.switch.enabled,
+        active_adapters=list(root.switch.active),
+        merged_adapters=sorted({n for layer in layers for n in layer.merged_adapters}),
+        requires_grad={n: _agreed(flags[n]) for n in names},
+        available_adapters=names,
+        devices=devices,
+    )
+
+
+def _agreed(flags: Any) -> bool | str:
+    found = Counter(flags)
+    return next(iter(found)) if len(found) == 1 else "irregular" if found else False

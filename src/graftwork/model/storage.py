@@ -1,0 +1,305 @@
+"""Saving and loading the adapters of a ``PeftModel``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..engine.tree import hosts
+from ..errors import FileError, StateError, did_you_mean, warn
+from ..files import codec, identity
+from ..files.folder import config_of, note_of, read_tensors, read_training, write
+from ..files.hub import HUB_OPTIONS, Source
+from .functional import get_peft_model_state_dict
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
+
+# what may differ between a file and the adapter that takes its values
+FLEETING = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "allow_unmatched",
+    "runtime_config",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+}
+LOADER_OPTIONS = (
+    "subfolder",
+    "strict",
+    "allow_pickle",
+    "use_auth_token",
+    "ignore_mismatched_sizes",
+    *HUB_OPTIONS,
+)
+
+
+def save(
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    selected: list[str] | None,
+    embeddings: str | bool,
+    plain: bool,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Write adapters into a folder; see ``PeftModel.save_pretrained``."""
+    folder = Path(directory)
+    if folder.is_file():
+        raise FileError(f"{folder} is a file; give a folder to save_pretrained")
+    names = list(model.peft_config) if selected is None else list(selected)
+    if unknown := [n for n in names if n not in model.peft_config]:
+        raise StateError(
+            f"selected_adapters names {unknown}; this model has {sorted(model.peft_config)}"
+            + did_you_mean(unknown[0], model.peft_config)
+        )
+    note = {"identity": identity.identity(model.get_base_model())}
+    for name in names:
+        config = model.peft_config[name]
+        tensors = get_peft_model_state_dict(
+            model, state_dict, name, save_embedding_layers=embeddings
+        )
+        if plain:
+            config, tensors = as_plain_lora(model.get_base_model(), config, name, tensors)
+        config = copy(config)
+        config.inference_mode = True
+        config.base_model_name_or_path = (
+            config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
+        )
+        target = folder if name == "default" else folder / name
+        write(target, config, tensors, note, training_state(model, name))
+    model_card(folder, model.active_peft_config)
+
+
+def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """What a resumed training needs beyond the adapter's own file: the state of its schedule."""
+    schedule = model.base_model.switch.schedules.get(name)
+    if schedule is None or schedule.first() is None:
+        return {}
+    out = {"step": torch.tensor(schedule.step)}
+    for path, adapter in schedule.adapters.items():
+        out.update(
+            {f"{path}:{key}": tensor.detach() for key, tensor in adapter.training_state().items()}
+        )
+    return out
+
+
+def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Take back what ``training_state`` gave."""
+    schedule = model.base_model.switch.schedules.get(name)
+    if schedule is None or not tensors:
+        return
+    schedule.step, schedule.version = int(tensors["step"]), None
+    with torch.no_grad():
+        for path, adapter in schedule.adapters.items():
+            adapter.load_training_state(
+                {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
+            )
+
+
+class Loader:
+    """One adapter that is being loaded.
+
+    Args:
+        model_id: its folder or hub id.
+        config: used instead of the folder's.
+        is_trainable: whether it will be trained on.
+        key_mapping: regex -> replacement for names.
+        options: ``strict``, ``allow_pickle``, ``subfolder`` and the hub's options.
+
+    Raises:
+        FileError: there is no such adapter.
+        TypeError: an option is unknown.
+    """
+
+    def __init__(
+        self,
+        model_id: str | os.PathLike[str],
+        config: PeftConfig | None,
+        is_trainable: bool,
+        key_mapping: dict[str, str] | None,
+        options: dict[str, Any],
+    ) -> None:
+        for name in options:
+            if name not in LOADER_OPTIONS and name not in (
+                "torch_dtype",
+                "dtype",
+                "device_map",
+                "max_memory",
+                "offload_dir",
+            ):
+                raise TypeError(
+                    f"{name} is no option of loading an adapter{did_you_mean(name, LOADER_OPTIONS)}"
+                )
+        self.strict = options.get("strict", "error") in ("error", True)
+        self.source = Source(
+            model_id,
+            **{
+                k: v
+                for k, v in options.items()
+                if k in ("subfolder", *HUB_OPTIONS, "use_auth_token")
+            },
+        )
+        self.config = copy(config) if config is not None else config_of(self.source)
+        self.config.inference_mode = not is_trainable
+        self.key_mapping = key_mapping
+        self.training = read_training(self.source) if is_trainable else {}
+        if self.training and hasattr(self.config, "rank_pattern"):
+            self.file_config = copy(self.config)
+            if self.config.has_schedule():
+                self.config.rank_pattern = None  # its whole state follows
+        else:
+            self.file_config = self.config
+        self.tensors = read_tensors(self.source, allow_pickle=bool(options.get("allow_pickle")))
+        self.note = note_of(self.source)
+
+    def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
+        """Fill an adapter that is in place; nothing is changed where the file does not fit."""
+        base = model.get_base_model()
+        if not new:
+            self._check_same(model.peft_config[name])
+        parts = codec.owned(base, name, self.file_config)
+        report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
+        codec.judge(report, str(self.source), self.strict, self._hint(base))
+        if report.missing and new:
+            _start_missing(base, name, parts, found)
+        codec.fill(base, parts, self.tensors, found)
+        if not new and self.config.has_schedule():
+            model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
+        load_training_state(model, name, self.training)
+        if self.training:
+            model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
+        self._check_base(base)
+        return report
+
+    def _hint(self, base: nn.Module) -> str:
+        saved = self.note.get("identity")
+        found = identity.differences(base, saved) if saved else []
+        return f" (the base model differs in {'; '.join(found)})" if found else ""
+
+    def _check_base(self, base: nn.Module) -> None:
+        saved = self.note.get("identity")
+        if saved and (found := identity.differences(base, saved)):
+            warn(
+                f"{self.source} was trained on another base model than this one, which differs in "
+                f"{'; '.join(found)}"
+            )
+
+    def _check_same(self, own: PeftConfig) -> None:
+        mine, theirs = own.to_dict(), self.file_config.to_dict()
+        learned = {"rank_pattern"} if own.has_schedule() else set()
+        other = [
+            k
+            for k in mine
+            if k not in FLEETING | learned and _plain(mine[k]) != _plain(theirs.get(k, mine[k]))
+        ]
+        if own.method != self.file_config.method or other:
+            what = (
+                ", ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in other)
+                or "its method"
+            )
+            raise FileError(
+                f"{self.source} was saved with another config than this adapter has ({what}); "
+                "load it under a "
+                "name of its own"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, list, tuple)) else value or None
+
+
+def _start_missing(
+    base: nn.Module, name: str, parts: list[codec.Owned], found: Mapping[str, str]
+) -> None:
+    """Where a file is loaded in part, what it lacks begins as a new adapter does."""
+    lacking = {
+        id(o.part) for plain, (o, _, _) in codec.expected(parts).items() if plain not in found
+    }
+    for host in hosts(base).values():
+        for key, part in host.adapters[name].items() if name in host.adapters else ():  # type: ignore[operator]
+            site = host.site_of(key)
+            if id(part) in lacking and site is not None:
+                with torch.no_grad():
+                    part.start(site)
+
+
+def as_plain_lora(
+    base: nn.Module, config: PeftConfig, name: str, tensors: dict[str, Tensor]
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """A LoRA minus its start, as a plain one: B A - B0 A0 = [B, -B0] [A; A0]."""
+    if config.method.value != "LORA" or getattr(config, "use_dora", False):
+        raise ValueError(
+            "only a LoRA can be written as a plain LoRA; leave "
+            "path_initial_model_for_weight_conversion out"
+        )
+    double, out = copy(config), dict(tensors)
+    for o in codec.owned(base, name):
+        a0, b0 = getattr(o.part, "A0", None), getattr(o.part, "B0", None)
+        if a0 is None or b0 is None:
+            continue
+        keys = [codec.PREFIX + o.front + o.part.keys[k] for k in ("A", "B")]
+        out[keys[0]] = torch.cat([tensors[keys[0]], a0], dim=0)
+        out[keys[1]] = torch.cat([tensors[keys[1]], -b0], dim=1)
+    factor = 2**0.5 if double.use_rslora else 2  # type: ignore[attr-defined]
+    double.r, double.lora_alpha = double.r * 2, double.lora_alpha * factor  # type: ignore[attr-defined]
+    double.rank_pattern = {k: v * 2 for k, v in (double.rank_pattern or {}).items()}  # type: ignore[attr-defined]
+    double.alpha_pattern = {k: v * factor for k, v in (double.alpha_pattern or {}).items()}  # type: ignore[attr-defined]
+    double.init_lora_weights = True  # type: ignore[attr-defined]
+    return double, out
+
+
+def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
+    """Write the folder's README.md, or complete its head for the hub."""
+    from huggingface_hub import ModelCard
+
+    path = Path(directory) / "README.md"
+    text = (
+        f"---\nlibrary_name: peft\n---\n\n# {config.method.value} adapter\n\nAn adapter for "
+        f"`{config.base_model_name_or_path or 'a model'}`, "
+        "in the file format of PEFT.\n\n```python\nfrom graftwork import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
+    )
+    card = ModelCard.load(path) if path.is_file() else ModelCard(text)
+    card.data.library_name = "peft"
+    card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.value.lower()})
+    if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):
+        card.data.base_model = config.base_model_name_or_path
+    card.save(path)
+
+
+def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+    """Save into a temporary folder and upload that."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    private, message = kwargs.pop("private", None), kwargs.pop("commit_message", "Upload adapter")
+    revision, create_pr = kwargs.pop("revision", None), kwargs.pop("create_pr", False)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **kwargs)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
