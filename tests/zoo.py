@@ -184,8 +184,8 @@ def applies(method: str, site: str) -> bool:
         return False  # PEFT's IA3Config names no parameters
     if method == "lora_bias":
         return "ids" not in tags and "parameter" not in tags
-    if method in ("ia3_feedforward", "lora_olora") or "pissa" in method:
-        return "depthwise" not in site or method == "ia3_feedforward"
+    if method == "lora_olora" or "pissa" in method:
+        return "depthwise" not in site and "ids" not in tags
     return True
 
 

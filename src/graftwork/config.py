@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -285,6 +285,12 @@ class TargetConfig(PeftConfig):
         tuple[str, ...]
     ] = ()  # fields whose entries each mean some of the adapted layers
     EMBEDDINGS: ClassVar[bool] = False  # without target_modules, the input embedding is meant
+
+    def prepare(self, offer: Any) -> None:
+        """Spell out what the config means in this model (an ``engine.offer.Offer``)."""
+
+    def settle(self, model_type: str, paths: Sequence[str]) -> None:
+        """Fill in what depends on the architecture, once the adapted layers are known."""
 
     def means(self, entry: str, path: str) -> bool:
         """Whether an entry of a field in SUBSETS means the layer at ``path``."""

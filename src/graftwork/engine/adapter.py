@@ -40,6 +40,8 @@ class Adapter(nn.Module):
     keys: ClassVar[dict[str, str]] = {}  # tensor name here -> its name in a PEFT file
     replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
     scale: float = 1.0
+    linear: ClassVar[str] = ""  # a tensor in which the update is linear
+    times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
 
     def __init__(self, config: Any, site: Site) -> None:
@@ -74,6 +76,10 @@ class Adapter(nn.Module):
             copy.deepcopy(self).float() if self.dtype.itemsize < 4 and not self.replaces else self
         )
 
+    def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
+        """What PEFT's file holds for the other end of a tied weight, a copy in other words."""
+        return {}
+
     def hides(self, beneath: Adapter) -> bool:
         """Whether an adapter beneath this one has no effect any more."""
         return False
@@ -88,7 +94,10 @@ class Adapter(nn.Module):
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved, under PEFT's names."""
-        return {self.keys[name]: tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+        tensors = {self.keys[n]: t for n, t in self.state_dict(keep_vars=True).items()}
+        if self.times != 1:
+            tensors[self.keys[self.linear]] = getattr(self, self.linear) / self.times
+        return tensors
 
     def expects(self, config: Any) -> dict[str, tuple[int, ...]]:
         """The shapes that a file saved with ``config`` has, under PEFT's names."""
@@ -96,9 +105,9 @@ class Adapter(nn.Module):
 
     def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
         """Take the values of a file, under PEFT's names."""
-        for key, mine in self.file_tensors().items():
-            if key in tensors:
-                mine.copy_(tensors[key])
+        for name, mine in self.state_dict(keep_vars=True).items():
+            if (key := self.keys[name]) in tensors:
+                mine.copy_(tensors[key] * self.times if name == self.linear else tensors[key])
 
     def training_state(self) -> dict[str, Tensor]:
         """What a resumed training needs beyond the file; empty for most methods."""

@@ -96,7 +96,7 @@ class Host(nn.Module):
 
     def parts(self, names: tuple[str, ...]) -> list[Adapter]:
         """The adapters of these names at this layer, the lowest first."""
-        return [part for name in names for part in self.adapters[name].values()]  # type: ignore[operator,misc]
+        return [part for name in names for _, part in self.parts_of(name)]
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -107,7 +107,8 @@ class Host(nn.Module):
 
     def parts_of(self, name: str) -> list[tuple[str, Adapter]]:
         """The parts of one adapter at this layer, with their keys; none where it is not here."""
-        return list(self.adapters[name].items()) if name in self.adapters else []  # type: ignore[operator]
+        parts: Any = self.adapters[name] if name in self.adapters else {}
+        return list(parts.items())
 
     def set_requires_grad(self, names: str | Sequence[str], on: bool = True) -> None:
         """Freeze or unfreeze adapters at this layer."""
@@ -138,9 +139,8 @@ class Host(nn.Module):
 
     def adopt(self, name: str, key: str, part: Adapter) -> None:
         """Take a part of an adapter in."""
-        if name not in self.adapters:
-            self.adapters[name] = nn.ModuleDict()
-        self.adapters[name][key] = part.train(self.training)  # type: ignore[index]
+        parts = dict(self.parts_of(name))
+        self.adapters[name] = nn.ModuleDict({**parts, key: part.train(self.training)})
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The parameters that would do what the base and these adapters do, in fp32 or better."""

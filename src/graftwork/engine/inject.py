@@ -110,10 +110,10 @@ def build(
             kind = LayerHost if kind_of(module) else ModuleHost
             host = made.setdefault(id(module), kind(module, switch, slot.path))
         if slot.source is not None:
-            part: Adapter = Tied(built[slot.source][1], slot.transposed)
+            part: Adapter = Tied(built[slot.source][1], slot.transposed, slot.saved)
         else:
             part = _make(slot, host, start=start, autocast=autocast)
-        part.prefix = slot.prefix
+        part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
         built[slot.path, slot.key] = host, part
     return built
 

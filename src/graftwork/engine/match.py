@@ -27,11 +27,7 @@ def find(offer: Offer, config: TargetConfig) -> list[Target]:
         TargetError: an entry of a pattern matches nothing, or a layer that cannot be adapted.
     """
     wanted, bare = config.target_modules, _parameters(offer, config)
-    if wanted is None and not bare:
-        wanted = _default(offer, config)
-    paths = (
-        linear_layers(offer) if _is_all(wanted) else named(offer, config, "target_modules", wanted)
-    )
+    paths = named(offer, config, "target_modules", wanted)
     found = [t for path in paths for t in _targets(offer, config, path)] + bare
     found = _in_blocks(offer, config, list(dict.fromkeys(found)))
     out = set(named(offer, config, "exclude_modules", config.exclude_modules))
@@ -46,6 +42,7 @@ def find(offer: Offer, config: TargetConfig) -> list[Target]:
             "names "
             f"{why}. {offer.table()}"
         )
+    config.settle(_model_type(offer), [t.path for t in kept])
     for field in config.PATTERNS:
         _need(
             offer,
@@ -120,11 +117,13 @@ def _targets(offer: Offer, config: TargetConfig, path: str) -> list[Target]:
     return found
 
 
-def linear_layers(offer: Offer) -> list[str]:
-    """All linear layers but the output layer, or the classification head where there is none."""
+def linear_layers(offer: Offer, task: str = "") -> list[str]:
+    """All linear layers but the output layer, or a classifier's head where the task has one."""
     getter = getattr(offer.model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
-    heads = [output] if output is not None else [getattr(offer.model, name, None) for name in HEADS]
+    heads = [output] if output is not None else []
+    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        heads += [getattr(offer.model, name, None) for name in HEADS]
     skip = {id(inside(head)) for head in heads if isinstance(head, nn.Module)}
     layers = offer.modules.items()
     return [p for p, m in layers if kind_of(m) in (Site, Conv1D) and id(m) not in skip]
@@ -144,14 +143,20 @@ def repeated_blocks(offer: Offer) -> list[str]:
     return [p for p in attention + linear if p.startswith(tuple(blocks))]
 
 
-def resolved(offer: Offer, config: TargetConfig, targets: list[Target]) -> Any:
-    """``target_modules`` as names that choose the same layers in this model: what a file says."""
+def resolved(offer: Offer, config: TargetConfig) -> Any:
+    """``target_modules`` as names or a regex, as a file says it: no shorthand, no default."""
     wanted = config.target_modules
-    if not _is_all(wanted) and (wanted is not None or getattr(config, "target_parameters", None)):
-        return wanted
-    paths = {t.path for t in targets}
-    whole = {n for n, at in offer.by_leaf.items() if paths.issuperset(filter(offer.adaptable, at))}
-    return {leaf(p) if leaf(p) in whole else p for p in paths}
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        return _short(offer, linear_layers(offer, getattr(config.task_type, "value", "")))
+    if wanted is None and not getattr(config, "target_parameters", None):
+        return _default(offer, config)
+    return wanted
+
+
+def _short(offer: Offer, paths: list[str]) -> set[str]:
+    """Names that choose these layers and no others: last names where those suffice."""
+    adaptable = {n: [p for p in at if offer.adaptable(p)] for n, at in offer.by_leaf.items()}
+    return {leaf(p) if set(adaptable[leaf(p)]) <= set(paths) else p for p in paths}
 
 
 def saved_modules(offer: Offer, config: TargetConfig) -> list[str]:
@@ -165,14 +170,14 @@ def within(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def _is_all(wanted: Any) -> bool:
-    return isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+def _model_type(offer: Offer) -> str:
+    return str(getattr(getattr(offer.model, "config", None), "model_type", ""))
 
 
 def _default(offer: Offer, config: TargetConfig) -> Any:
     if config.EMBEDDINGS:
         return {offer.input_embedding()}
-    known = config.TARGETS.get(getattr(getattr(offer.model, "config", None), "model_type", None))
+    known = config.TARGETS.get(_model_type(offer))
     if isinstance(known, str):
         return known
     if known and (present := {entry for entry in known if offer.ending_with(entry)}):
@@ -185,7 +190,7 @@ def _default(offer: Offer, config: TargetConfig) -> Any:
             "adapt. Give target_modules, for example 'all-linear' or a list of names. "
             + offer.table()
         )
-    return set(paths)
+    return _short(offer, paths)
 
 
 def _parameters(offer: Offer, config: TargetConfig) -> list[Target]:

@@ -42,7 +42,7 @@ class ModuleHost(Host):
         chosen: Copy | None = None
         above: list[tuple[str, Adapter]] = []
         for name in names:
-            for key, part in self.adapters[name].items():  # type: ignore[operator]
+            for key, part in self.parts_of(name):
                 if isinstance(part, Copy):
                     chosen, above = part, []
                 else:

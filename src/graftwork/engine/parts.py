@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,20 @@ class Copy(Adapter):
     def hides(self, beneath: Adapter) -> bool:
         return True
 
+    def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
+        return {"weight": self.module.weight}  # type: ignore[dict-item]
+
     def values(self) -> dict[str, Tensor]:
         """Parameters and buffers by name."""
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
     def file_tensors(self) -> dict[str, Tensor]:
         return dict(self.module.state_dict(keep_vars=True))
+
+    def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        for name, mine in self.file_tensors().items():
+            if name in tensors:
+                mine.copy_(tensors[name])
 
 
 class Bias(Adapter):
@@ -94,10 +103,12 @@ class Tied(Adapter):
         source: the adapter at the first end.
         transposed: whether the two ends see the weight transposed (an embedding and an output
             layer).
+        saved: whether PEFT's file repeats the tensors for this end.
     """
 
-    def __init__(self, source: Adapter, transposed: bool) -> None:
+    def __init__(self, source: Adapter, transposed: bool, saved: bool = False) -> None:
         nn.Module.__init__(self)
+        self.saved = saved
         self.source = (source,)  # in a tuple: referred to, not owned
         self.transposed = transposed
         self.replaces = source.replaces  # type: ignore[misc]
@@ -124,3 +135,9 @@ class Tied(Adapter):
 
     def rank(self) -> int | None:
         return self.source[0].rank()
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        return self.source[0].tied_tensors(self.transposed) if self.saved else {}
+
+    def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        """Nothing: the first end takes the values."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import TargetConfig
-from ..errors import StateError
+from ..errors import StateError, warn
 from . import match
 from .adapter import Adapter
 from .host import Host
@@ -31,13 +31,17 @@ class Slot:
     prefix: str = ""
     source: Key | None = None  # the part at the other end of a tied weight, instead of ``build``
     transposed: bool = False  # whether the two ends see the weight transposed
+    saved: bool = True  # whether PEFT's file repeats the tensors at that end
+    times: float = 1.0  # how many times PEFT applies the update
 
 
 def plan(offer: Offer, config: TargetConfig) -> list[Slot]:
-    """All parts of an adapter; ``config.target_modules`` becomes what was found."""
+    """All parts of an adapter; what the config leaves open is filled in."""
+    config.prepare(offer)
     _add_heads(config, offer)
+    config.target_modules = match.resolved(offer, config)
+    _share(offer, config)
     targets = match.find(offer, config)
-    config.target_modules = match.resolved(offer, config, targets)
     slots = [
         *_biases(config, offer, targets),
         *_main(config, targets),
@@ -60,10 +64,26 @@ def _add_heads(config: TargetConfig, offer: Offer) -> None:
         config.modules_to_save = saved + missing
 
 
+def _share(offer: Offer, config: TargetConfig) -> None:
+    """With ``ensure_weight_tying``, a name of an embedding's other end means the embedding."""
+    if not getattr(config, "ensure_weight_tying", False) or not isinstance(
+        config.target_modules, set
+    ):
+        return
+    for first in [p for p, m in offer.modules.items() if isinstance(m, nn.Embedding)]:
+        ends = {path for path, end in tied_ends(offer.model, first) if kind_of(end)}
+        far = {e for e in config.target_modules if ends.intersection(offer.ending_with(e))}
+        if far:
+            config.target_modules = (config.target_modules - far) | {first}
+
+
 def _main(config: TargetConfig, targets: list[Target]) -> Iterator[Slot]:
     for t in targets:
         key = part_key(t.parameter) if t.parameter else config.method.value.lower()
-        yield Slot(t.path, key, _at(config, key), _prefix(t, targets) if t.parameter else "")
+        slot = Slot(t.path, key, _at(config, key), _prefix(t, targets) if t.parameter else "")
+        # PEFT 0.21 merges the output projection of an adapted attention twice, before each call
+        slot.times = 2.0 if slot.prefix == "base_layer.out_proj." else 1.0
+        yield slot
 
 
 def _at(config: TargetConfig, key: str) -> Callable[[Host], Adapter]:
@@ -157,9 +177,11 @@ def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
             if path not in taken and kind_of(end):
                 taken.add(path)
                 turned = _turned(here) != _turned(end)
-                extra.append(
-                    Slot(path, "tied", None, source=(slot.path, slot.key), transposed=turned)
-                )
+                saved = not slot.prefix  # rows that a LoRA trains beside its own are saved once
+                source = (slot.path, slot.key)
+                extra.append(Slot(path, "tied", None, "", source, turned, saved))
+    if shares and not extra:
+        warn("ensure_weight_tying has no effect: no adapter sits at a tied weight")
     return extra
 
 

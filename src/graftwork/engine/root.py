@@ -212,9 +212,10 @@ class Grafted(nn.Module):
             host.adapters.clear()
             host.adapters.update(kept)
             host.merged_adapters = tuple(new if n == old else n for n in host.merged_adapters)
-        for table in (switch.configs, switch.schedules):
+        tables: tuple[dict[str, Any], ...] = (switch.configs, switch.schedules)
+        for table in tables:  # in place, and in the same order
             for n in list(table):
-                table[new if n == old else n] = table.pop(n)  # type: ignore[attr-defined]
+                table[new if n == old else n] = table.pop(n)
         switch.activate(tuple(new if n == old else n for n in switch.active))
 
     def update_and_allocate(self, global_step: int) -> None:

@@ -60,7 +60,8 @@ def join(parts: list[Any], order: Tensor) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(parts)[order]
     if isinstance(first, Mapping):
-        return type(first)({key: join([part[key] for part in parts], order) for key in first})
+        joined = {key: join([part[key] for part in parts], order) for key in first}
+        return type(first)(**joined)
     if isinstance(first, (tuple, list)):
         return type(first)(join(list(column), order) for column in zip(*parts, strict=True))
     if all(part is None for part in parts):

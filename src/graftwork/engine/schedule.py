@@ -73,7 +73,7 @@ class Schedule:
             if torch.compiler.is_compiling():
                 self.delivered = True
             else:
-                term.register_hook(self._deliver)
+                term.register_hook(self._deliver)  # type: ignore[no-untyped-call]
         return term
 
     def _deliver(self, _: Tensor) -> None:

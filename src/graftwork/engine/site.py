@@ -12,7 +12,7 @@ A site never keeps the layer: it asks its host, since tools may exchange ``base_
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,17 @@ from torch import Tensor, nn
 
 from .dense import dense
 
-if TYPE_CHECKING:
-    from .host import Host
-
-    Owner = Host | "Standing"
-
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Owner(Protocol):
+    """What a site asks: a host, or a stand-in for one."""
+
+    base_layer: nn.Module
+    path: str
+
+    def pristine(self, name: str) -> Tensor:
+        """A parameter of the layer as it was before any merging."""
 
 
 class Standing:
@@ -53,7 +58,7 @@ class Site:
         self.shape = (out, in_)
 
     @property
-    def layer(self) -> nn.Module:
+    def layer(self) -> Any:
         return self.host.base_layer
 
     @property
@@ -167,7 +172,6 @@ class Conv(Site):
     """``nn.Conv1d/2d/3d``; W is the kernel flattened to (out, in / groups * prod(kernel))."""
 
     pointwise = False
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d  # type: ignore[assignment]
 
     @property
     def ones(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -184,7 +188,8 @@ class Conv(Site):
         return matrix.reshape(-1, *self.in_shape)
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.layer._conv_forward(x, self.from_matrix(matrix), bias)
+        y: Tensor = self.layer._conv_forward(x, self.from_matrix(matrix), bias)
+        return y
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         groups = self.layer.groups
@@ -198,7 +203,7 @@ class Conv(Site):
 
     @property
     def in_channels(self) -> int:
-        return self.layer.in_channels
+        return int(self.layer.in_channels)
 
     def input_channel(self) -> Tensor | None:
         groups = self.layer.groups  # an output channel reads the input channels of its own group
@@ -221,7 +226,6 @@ class Embedding(Site):
     """``nn.Embedding``; W is ``weight.T``. A model's own ``embed_scale`` multiplies the output."""
 
     pointwise = False
-    layer: nn.Embedding  # type: ignore[assignment]
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -271,7 +275,9 @@ class ParameterSite(Site):
         super().__init__(host)
         self.lead = tuple(self.raw.shape[:-2])
 
-    bias = None  # type: ignore[assignment]
+    @property
+    def bias(self) -> None:
+        return None
 
     @property
     def name(self) -> str:
@@ -291,7 +297,8 @@ class ParameterSite(Site):
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT if self.transposed else weight
 
-    from_matrix = to_matrix
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self.transposed else matrix
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         raise TypeError(
@@ -318,7 +325,8 @@ def as_factors(a: Tensor, b: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, Ten
     """
     if not lead:
         return a.flatten(1), b.flatten(1)
-    return a.unflatten(0, (*lead, -1)), b.unflatten(1, (-1, *lead)).permute(2, 0, 1)
+    a, b = a.reshape(*lead, -1, a.shape[1]), b.reshape(len(b), -1, *lead)
+    return a, b.permute(2, 0, 1)
 
 
 # type, or the qualified name of a type of an optional library -> its site; looked up along the MRO

@@ -74,10 +74,8 @@ def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
     """The parts of an adapter; ``config`` is that of the file where it is not the adapter's own."""
     found = []
     for path, host in hosts(model).items():
-        if name not in host.adapters:
-            continue
         own = config or host.switch.configs[name]
-        for key, part in host.adapters[name].items():  # type: ignore[operator]
+        for key, part in host.parts_of(name):
             site = host.site_of(key)
             at = own.at(path, site.parameter if site else "weight")
             found.append(Owned(part, f"{path}.{part.prefix}", at))

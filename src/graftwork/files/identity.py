@@ -82,14 +82,8 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 
 
 def _config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    data = (
-        config.to_dict()
-        if hasattr(config, "to_dict")
-        else config
-        if isinstance(config, dict)
-        else {}
-    )
+    config: Any = getattr(model, "config", {})
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
     return {k: v for k, v in data.items() if k not in FLEETING}
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import did_you_mean
+from ..engine.site import Embedding
+from ..errors import did_you_mean, warn
 from . import plain, svd
 
 if TYPE_CHECKING:
@@ -37,13 +38,19 @@ STARTS = {
 }
 
 
-def start_of(how: bool | str) -> Start:
-    """The start that ``init_lora_weights`` names.
+def start_of(how: bool | str, site: Site) -> Start:
+    """The start that ``init_lora_weights`` names, for a site.
 
     Raises:
         ValueError: no start has that name.
     """
     name = str(how).lower()
+    if isinstance(site, Embedding) and name.startswith(("pissa", "olora")):
+        warn(
+            f"init_lora_weights={how!r} has no meaning at the embedding {site.path}; as in PEFT, "
+            "B A starts at 0 there"
+        )
+        name = "true"
     if name.startswith("pissa_niter_"):
         return Start(svd.fast_pissa(name), subtract=True)
     if name not in STARTS:

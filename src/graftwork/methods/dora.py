@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
+from ..engine.adapter import Adapter
 from ..engine.host import Beneath
 from ..engine.site import Site
 from .lora import LoRA, LoraConfig
@@ -15,12 +14,10 @@ from .lora import LoRA, LoraConfig
 class DoRA(LoRA):
     """LoRA whose rows are rescaled to learned norms m (out,)."""
 
-    keys: ClassVar[dict[str, str]] = {**LoRA.keys, "m": "lora_magnitude_vector"}
-
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
-        if config.lora_bias:
-            raise ValueError("DoRA has no lora_bias; leave one of the two out")
+        if config.lora_bias or config.ensure_weight_tying:
+            raise ValueError("DoRA has no lora_bias or ensure_weight_tying; leave those out")
         self.keys = {**self.keys, "m": "lora_magnitude_vector"}  # type: ignore[misc]
         self.m = nn.Parameter(torch.empty(site.channel_shape()))
 
@@ -29,9 +26,12 @@ class DoRA(LoRA):
         self.m.copy_(self.norm(site.weight.to(self.m.dtype)).reshape(self.m.shape))
 
     def norm(self, w: Tensor) -> Tensor:
-        return (w + self.delta()).norm(dim=-1)  # (..., out)
+        """||W + s B A|| by rows, (..., out)."""
+        norm: Tensor = torch.linalg.vector_norm(w + self.delta(), dim=-1)
+        return norm
 
     def gain(self, w: Tensor) -> Tensor:
+        """m / ||W + s B A||, (..., out)."""
         norm = self.norm(w).detach()  # section 4.3: no gradient through the norm
         return self.m.reshape(norm.shape) / norm
 
@@ -41,13 +41,8 @@ class DoRA(LoRA):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         w, b = layer.weights()
         bias = 0 if b is None else layer.site.outputs(b)
-        return (
-            layer.site.outputs(self.gain(w)) * (layer(x) - bias + self.branch(x, layer.site)) + bias
-        )
+        update = layer(x) - bias + self.branch(x, layer.site)
+        return layer.site.outputs(self.gain(w)) * update + bias
 
-    def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
-        w, b = layer.weights()
-        return layer.site.apply(x, self.fold(w.mT, None)[0].mT, b)
-
-    def delta_norm(self, w: Tensor) -> float:
-        return float((self.fold(w, None)[0] - w).norm())
+    forward_transposed = Adapter.forward_transposed
+    delta_norm = Adapter.delta_norm

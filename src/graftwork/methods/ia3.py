@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,15 +20,12 @@ from . import defaults
 class IA3Config(TargetConfig):
     """Learned gains, of the outputs; of the inputs in ``feedforward_modules``."""
 
-    feedforward_modules: Any = None  # names or a regex, as target_modules; a part of them
-    fan_in_fan_out: bool = (
-        False  # PEFT's note that weights are stored transposed; the layer's type decides here
-    )
+    feedforward_modules: Any = None  # names or a regex, of some of the target layers
+    fan_in_fan_out: bool = False  # PEFT's note of transposed weights; here the layer's type says so
     init_ia3_weights: bool = True  # False: random gains
 
     METHOD = PeftType.IA3
     TARGETS = defaults.IA3
-    FEEDFORWARD = defaults.IA3_FEEDFORWARD
     SUBSETS = ("feedforward_modules",)
     BEYOND = TargetConfig.BEYOND | {"layers_to_transform", "layers_pattern"}
 
@@ -39,58 +37,50 @@ class IA3Config(TargetConfig):
     def adapter(self) -> type[Adapter]:
         return IA3
 
+    def settle(self, model_type: str, paths: Sequence[str]) -> None:
+        if self.feedforward_modules is None:
+            known = defaults.IA3_FEEDFORWARD.get(model_type, [])
+            self.feedforward_modules = {n for n in known if any(self.means(n, p) for p in paths)}
+
     def means(self, entry: str, path: str) -> bool:
-        return (
-            pattern_matches(entry, path)
-            if isinstance(self.feedforward_modules, str)
-            else super().means(entry, path)
-        )
+        if isinstance(self.feedforward_modules, str):
+            return pattern_matches(entry, path)
+        return super().means(entry, path)
 
     def feeds_forward(self, path: str) -> bool:
         """Whether the layer at ``path`` is scaled at its input."""
         names = self.feedforward_modules or ()
-        return any(
-            self.means(name, path) for name in ([names] if isinstance(names, str) else names)
-        )
+        return any(self.means(n, path) for n in ([names] if isinstance(names, str) else names))
 
 
 class IA3(Adapter):
     """One gain per output channel, or per input channel."""
 
     keys: ClassVar[dict[str, str]] = {"l": "ia3_l"}
+    index: Tensor | None  # which input channel an entry of W reads, where it is not its column
 
     def __init__(self, config: IA3Config, site: Site) -> None:
         super().__init__(config, site)
         self.feedforward = config.feeds_forward(site.path)
         self.random = not config.init_ia3_weights
         self.register_buffer("index", site.input_channel(), persistent=False)
-        self.index: Tensor | None
-        channels = site.in_channels if self.feedforward else site.shape[0]
-        kernel = len(site.channel_shape()) > 1 + len(site.lead)
-        column = (
-            (*site.channel_shape()[:1], channels, *site.channel_shape()[2:]) if kernel else None
-        )
-        flat = (*site.lead, 1, channels) if self.feedforward else (*site.lead, channels, 1)
-        self.l = nn.Parameter(torch.empty(column or flat))
+        n = site.in_channels if self.feedforward else site.shape[0]
+        linear = (1, n) if self.feedforward else (n, 1)
+        self.l = nn.Parameter(torch.empty((1, n, *site.ones) if site.ones else linear))
 
     def start(self, site: Site) -> None:
         nn.init.normal_(self.l) if self.random else nn.init.ones_(self.l)
 
-    def gains(self) -> Tensor:
-        lead = self.l.ndim == 3 and self.l.shape[0] != 1
-        return self.l.flatten(1) if lead else self.l.flatten()  # (..., channels)
-
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gains = self.l.flatten()
         if self.feedforward:
-            gains = self.gains()
-            return w * (gains[..., None, :] if self.index is None else gains[self.index]), b
-        return w * self.gains()[..., None], b if b is None else b * self.gains()
+            return w * (gains if self.index is None else gains[self.index]), b
+        return w * gains[:, None], b if b is None else b * gains
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        gains = self.l.flatten()
         if not self.feedforward:
-            return layer(x) * layer.site.outputs(self.gains())
-        return (
-            layer(x * layer.site.inputs(self.gains()))
-            if x.is_floating_point()
-            else super().forward(x, layer)
-        )
+            return layer(x) * layer.site.outputs(gains)
+        if not x.is_floating_point():  # ids of an embedding
+            return super().forward(x, layer)
+        return layer(x * layer.site.inputs(gains))

@@ -18,20 +18,14 @@ from ..engine.site import Embedding, Site
 class TrainableTokensConfig(TargetConfig):
     """Rows of the embedding, trained; at both ends where it is tied to the output layer."""
 
-    token_indices: list[int] = field(
-        default_factory=list
-    )  # ids of the tokens whose rows are trained
+    token_indices: list[int] = field(default_factory=list)  # ids of the tokens whose rows train
     init_weights: bool = True  # False: random rows
 
     METHOD = PeftType.TRAINABLE_TOKENS
     EMBEDDINGS = True
-    ensure_weight_tying: ClassVar[bool] = True
     BEYOND = TargetConfig.BEYOND | {
-        "layers_to_transform",
-        "layers_pattern",
-        "exclude_modules",
-        "modules_to_save",
-    }
+        "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save"
+    }  # fmt: skip
 
     def adapter(self) -> type[Adapter]:
         return Tokens
@@ -42,53 +36,53 @@ class Tokens(Adapter):
 
     keys: ClassVar[dict[str, str]] = {"rows": "trainable_tokens_delta"}
     replaces = True
+    indices: Tensor
 
     def __init__(self, config: TrainableTokensConfig, site: Site) -> None:
         super().__init__(config, site)
-        table = site.weight.mT if isinstance(site, Embedding) else site.weight  # (tokens, dim)
+        self.columns = isinstance(site, Embedding)  # else an output layer: a token is a row of W
+        if not self.columns and not (site.pointwise and site.parameter == "weight"):
+            raise ValueError(f"{site.path} {site.describe()} has no tokens: name an embedding")
+        dim, tokens = site.shape if self.columns else site.shape[::-1]
         indices = list(config.token_indices)
-        if bad := [i for i in indices if not 0 <= i < len(table)]:
+        if bad := [i for i in indices if not 0 <= i < tokens]:
             raise ValueError(
-                f"token_indices {bad} are not in the {len(table)} tokens of {site.path}; resize "
-                "it first"
+                f"token_indices {bad} are not among {tokens} tokens of {site.path}; resize it first"
             )
         if not indices or len(set(indices)) < len(indices):
-            raise ValueError(
-                f"token_indices must name each token once, and at least one; they are {indices}"
-            )
+            raise ValueError(f"token_indices must name a token at least, and each once: {indices}")
         self.register_buffer("indices", torch.tensor(indices), persistent=False)
-        self.indices: Tensor
-        self.columns = isinstance(
-            site, Embedding
-        )  # a token is a column of W at an embedding, a row at an output layer
         self.random = not config.init_weights
-        self.rows = nn.Parameter(torch.empty(len(indices), table.shape[1]))
+        self.rows = nn.Parameter(torch.empty(len(indices), dim))
 
     def start(self, site: Site) -> None:
-        table = site.weight.mT if self.columns else site.weight
+        table = site.weight.mT if self.columns else site.weight  # (tokens, dim)
         nn.init.normal_(self.rows) if self.random else self.rows.copy_(table[self.indices])
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return (
-            w.index_copy(1, self.indices, self.rows.mT)
-            if self.columns
-            else w.index_copy(0, self.indices, self.rows)
-        ), b
+        if self.columns:
+            return w.index_copy(1, self.indices, self.rows.mT), b
+        return w.index_copy(0, self.indices, self.rows), b
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         if not self.columns:
             return self.forward_transposed(x, layer)
-        y = layer(x)  # (..., dim)
-        which = x[..., None] == self.indices
-        hit = which.any(-1, keepdim=True)
-        return torch.where(hit, layer.site.scaled(self.rows[which.to(torch.uint8).argmax(-1)]), y)  # type: ignore[attr-defined]
+        which = x[..., None] == self.indices  # (..., n)
+        assert isinstance(layer.site, Embedding)
+        own = layer.site.scaled(self.rows[which.to(torch.uint8).argmax(-1)])
+        return torch.where(which.any(-1, keepdim=True), own, layer(x))
 
     def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
-        logits = x @ self.rows.mT  # the chosen tokens' columns of the output
-        bias = layer.bias
+        logits, bias = (
+            x @ self.rows.mT,
+            layer.bias,
+        )  # the columns of the output that are these tokens'
         if bias is not None:
             logits = logits + bias[self.indices]
         return layer(x).index_copy(-1, self.indices, logits)
+
+    def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
+        return self.file_tensors()
 
     def hides(self, beneath: Adapter) -> bool:
         return isinstance(beneath, Tokens) and bool(torch.isin(beneath.indices, self.indices).any())

@@ -11,7 +11,7 @@ from ..config import PeftConfig
 from ..errors import FileError
 from ..files.codec import PREFIX
 from ..files.folder import config_of, read_tensors
-from ..files.hub import HUB_OPTIONS, Source
+from ..files.hub import Source
 from .peft_model import PeftModel
 from .tasks import (
     PeftModelForCausalLM,
@@ -60,16 +60,10 @@ class AutoPeftModel:
         Raises:
             FileError: the folder names no base model, or one of a class that is not transformers'.
         """
-        own = {
-            k: kwargs.pop(k)
-            for k in ("subfolder", "strict", "allow_pickle", "key_mapping")
-            if k in kwargs
-        }
-        hub = {
-            k: kwargs[k]
-            for k in ("token", "cache_dir", "local_files_only", "force_download")
-            if k in kwargs
-        }
+        loading = ("subfolder", "strict", "allow_pickle", "key_mapping")
+        own: dict[str, Any] = {k: kwargs.pop(k) for k in loading if k in kwargs}
+        both = ("token", "cache_dir", "local_files_only", "force_download")
+        hub: dict[str, Any] = {k: kwargs[k] for k in both if k in kwargs}
         if revision is not None:
             hub["revision"] = revision
         source = Source(pretrained_model_name_or_path, own.get("subfolder"), **hub)
@@ -93,7 +87,7 @@ class AutoPeftModel:
             is_trainable,
             config,
             **own,
-            **{k: v for k, v in hub.items() if k in HUB_OPTIONS},
+            **hub,
         )
 
     @classmethod

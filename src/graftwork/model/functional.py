@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,35 +114,30 @@ def get_peft_model_state_dict(
     tensors = codec.state(inner, adapter_name)
     if state_dict is not None:
         names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
-        own = {k: t for o in codec.owned(inner, adapter_name) for k, t in _full(o).items()}
-        gathered = {k: names.get(id(t)) for k, t in own.items()}
-        tensors = {
-            k: state_dict[g] if (g := gathered[k]) in state_dict else t for k, t in tensors.items()
-        }  # type: ignore[index]
-    if _wants_embeddings(inner, adapter_name, save_embedding_layers):
-        tensors.update(_embedding_tensors(inner, tensors))
+        for owned in codec.owned(inner, adapter_name):
+            for key, tensor in owned.part.file_tensors().items():
+                if (name := names.get(id(tensor))) in state_dict:
+                    tensors[owned.front + key] = state_dict[str(name)]
+    targeted = _targets_embeddings(inner, adapter_name)
+    if save_embedding_layers == "auto":
+        config = switch_of(model).configs[adapter_name]
+        tokens = config.method.value == "TRAINABLE_TOKENS"
+        own_rows = tokens or getattr(config, "trainable_token_indices", None)
+        name = config.base_model_name_or_path
+        save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))
+    if save_embedding_layers:
+        tensors.update(_embedding_tensors(inner, tensors, targeted))
     prefix = codec.PREFIX if inner is not model else ""
     return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
-def _full(owned: codec.Owned) -> dict[str, Tensor]:
-    return {owned.front + key: tensor for key, tensor in owned.part.file_tensors().items()}
-
-
-def _wants_embeddings(model: nn.Module, name: str, wish: bool | str) -> bool:
-    if wish != "auto":
-        return bool(wish)
-    config = switch_of(model).configs[name]
-    if config.method.value == "TRAINABLE_TOKENS" or getattr(
-        config, "trainable_token_indices", None
-    ):
-        return False
-    targets = getattr(config, "target_modules", None) or ()
-    if not isinstance(targets, str) and {"embed_tokens", "lm_head"} & {
-        t.rpartition(".")[2] for t in targets
-    }:
-        return True
-    return vocabulary_changed(model, config.base_model_name_or_path)
+def _targets_embeddings(model: nn.Module, name: str) -> bool:
+    """Whether the adapter sits at an embedding or output layer of the names that PEFT knows."""
+    targets = getattr(switch_of(model).configs[name], "target_modules", None) or ()
+    if not isinstance(targets, str):
+        return bool({"embed_tokens", "lm_head"} & set(targets))
+    known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
+    return any(re.fullmatch(targets, p) for p in known)
 
 
 def vocabulary_changed(model: nn.Module, base: str | None) -> bool:
@@ -167,19 +163,19 @@ def vocabulary_changed(model: nn.Module, base: str | None) -> bool:
     return before is not None and before != size
 
 
-def _embedding_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _embedding_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], targeted: bool
+) -> dict[str, Tensor]:
     wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
     found = hosts(model)
     out = {}
     for path, module in walk(model):
-        if id(inside(module)) in wanted and f"{path}.weight" not in tensors:
-            middle = "base_layer." if path in found else ""
-            weight = (
-                found[path].pristine("weight")
-                if path in found
-                else inside(module).get_parameter("weight")
-            )
-            out[f"{path}.{middle}weight"] = weight.detach()
+        if id(inside(module)) not in wanted or f"{path}.weight" in tensors:
+            continue
+        if path in found:
+            out[f"{path}.base_layer.weight"] = found[path].pristine("weight").detach()
+        elif not targeted:
+            out[f"{path}.weight"] = inside(module).get_parameter("weight").detach()
     return out
 
 

@@ -37,7 +37,7 @@ def active_adapters(host: Host) -> list[str]:
 @shown
 def active_adapter(host: Host) -> str | list[str]:
     """The active adapter, or a list where it is not just one."""
-    names = active_adapters(host)
+    names = list(host.switch.active)
     return names[0] if len(names) == 1 else names
 
 

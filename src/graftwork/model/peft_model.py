@@ -14,7 +14,7 @@ from torch import nn
 from ..config import PeftConfig, PeftType, TaskType
 from ..engine.inject import switch_of
 from ..engine.root import Grafted
-from ..errors import POLICY, FileError, StateError, warn
+from ..errors import POLICY, StateError, warn
 from ..files.codec import LoadReport
 from . import report, storage
 
@@ -438,16 +438,11 @@ def _refuse_offload(wanted: bool) -> None:
 
 def _prepare_checkpointing(model: nn.Module) -> None:
     """Checkpointing that was on before: let gradients flow out of frozen embeddings."""
-    name = (
-        "is_activation_checkpointing"
-        if hasattr(type(model), "is_activation_checkpointing")
-        else "is_gradient_checkpointing"
-    )
-    if getattr(model, name, False) and hasattr(model, "enable_input_require_grads"):
-        try:
-            model.enable_input_require_grads()
-        except NotImplementedError as error:  # a model without input embeddings
-            raise FileError(str(error)) from error
+    new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
+    on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
+    enable: Any = getattr(model, "enable_input_require_grads", None)
+    if on and enable is not None:
+        enable()
 
 
 __all__ = ["PeftModel", "get_peft_model"]

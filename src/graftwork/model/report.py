@@ -127,8 +127,8 @@ def adapters(root: Grafted) -> Adapters:
 
 def _rows(path: str, host: Host) -> Iterator[Row]:
     switch = host.switch
-    for name, parts in host.adapters.items():
-        for key, part in parts.items():  # type: ignore[operator]
+    for name in host.adapters:
+        for key, part in host.parts_of(name):
             site = host.site_of(key)
             tensors = [t for t in part.state_dict(keep_vars=True).values() if t.is_floating_point()]
             like = tensors[0] if tensors else next(host.base_layer.parameters())
@@ -211,17 +211,17 @@ class TunerModelStatus:
     quantization_backend: dict[str, int] | None = field(default=None)
 
 
+def _kinds(host: Host) -> set[str]:
+    return {type(part).__name__ for name in host.adapters for _, part in host.parts_of(name)}
+
+
 def layer_status(root: Grafted) -> list[TunerLayerStatus]:
     """A report for each adapted layer."""
     switch = root.switch
     return [
         TunerLayerStatus(
             name=f"model.{path}",
-            module_type="+".join(
-                sorted(
-                    {type(p).__name__ for parts in host.adapters.values() for p in parts.values()}
-                )
-            ),  # type: ignore[operator]
+            module_type="+".join(sorted(_kinds(host))),
             enabled=switch.enabled,
             active_adapters=list(switch.active),
             merged_adapters=list(host.merged_adapters),

@@ -233,7 +233,7 @@ def _start_missing(
         id(o.part) for plain, (o, _, _) in codec.expected(parts).items() if plain not in found
     }
     for host in hosts(base).values():
-        for key, part in host.adapters[name].items() if name in host.adapters else ():  # type: ignore[operator]
+        for key, part in host.parts_of(name):
             site = host.site_of(key)
             if id(part) in lacking and site is not None:
                 with torch.no_grad():
@@ -276,7 +276,7 @@ def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
         "in the file format of PEFT.\n\n```python\nfrom graftwork import PeftModel\n\n"
         'model = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
     )
-    card = ModelCard.load(path) if path.is_file() else ModelCard(text)
+    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(text)
     card.data.library_name = "peft"
     card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.value.lower()})
     if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):

@@ -1,0 +1,5 @@
+"""``python -m graftwork`` is the command ``graft``."""
+
+from .cli import main
+
+main()
