@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, run
+from tiny import build, run
 from safetensors import safe_open
 from torch import nn
 
@@ -124,6 +124,7 @@ def _cases() -> list[tuple[str, str, str, dict[str, Any]]]:
         ensure_weight_tying=True,
     )
     add("mixtral", "old_names", target_modules=["q_proj", "w1", "w2", "w3"])
+    add("t5", "tokens", "TrainableTokens", token_indices=[5, 9])
     add("t5", "embedding", target_modules=["encoder.embed_tokens", "q"])
     for name in ("conv1", "conv2", "conv3", "emb"):
         add("plain", f"lora_{name}", target_modules=[name])

@@ -157,6 +157,15 @@ def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
         host.adopt(name, key, part)
         for path in everywhere[id(host.base_layer)]:
             put(model, path, host)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # its fused path reads weights, and
+            for host in hosts(module).values():  # calls no layer; a hook keeps it from that
+                if not host._forward_pre_hooks:
+                    host.register_forward_pre_hook(_called)
+
+
+def _called(*_: Any) -> None:
+    """A hook that does nothing."""
 
 
 def _to_meta(part: Adapter) -> None:

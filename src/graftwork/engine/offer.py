@@ -63,21 +63,23 @@ class Offer:
         """Whether an adapter can sit there."""
         return bool(self.targets(path))
 
+    def first_embedding(self) -> str | None:
+        """The path of the input embedding, where the model says which one it is or has just one."""
+        getter = getattr(self.model, "get_input_embeddings", None)
+        wanted = getter() if callable(getter) else None
+        tables = [p for p, m in self.modules.items() if isinstance(m, nn.Embedding)]
+        chosen = [p for p in tables if wanted is not None and self.modules[p] is inside(wanted)]
+        return (chosen or tables)[0] if chosen or len(tables) == 1 else None
+
     def input_embedding(self) -> str:
         """The path of the input embedding.
 
         Raises:
             TargetError: the model does not say which one it is.
         """
-        getter = getattr(self.model, "get_input_embeddings", None)
-        wanted = getter() if callable(getter) else None
-        tables = [p for p, m in self.modules.items() if isinstance(m, nn.Embedding)]
-        chosen = [p for p in tables if wanted is not None and self.modules[p] is inside(wanted)]
-        if chosen or len(tables) == 1:
-            return (chosen or tables)[0]
-        raise TargetError(
-            f"it is not known which embedding is the input's; name it. {self.table()}"
-        )
+        if (path := self.first_embedding()) is None:
+            raise TargetError(f"it is not known which embedding is the input's. {self.table()}")
+        return path
 
     def table(self) -> str:
         """``q_proj x32 Linear(4096, 4096)``: a line for each name of an adaptable layer."""

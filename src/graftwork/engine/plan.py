@@ -161,26 +161,29 @@ def _whole(parameter: str) -> Callable[[Host], Adapter]:
 
 
 def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
-    """Where an adapter acts at both ends of a tied weight, a part that refers to the first end."""
-    shares = bool(getattr(config, "ensure_weight_tying", False))
+    """Where an adapter acts at both ends of a tied weight, a part that refers to the first end.
+
+    Trained tokens always do. What sits at the input embedding also acts at the embeddings that are tied
+    to it, since models such as T5 call only those.
+    """
+    wished = bool(getattr(config, "ensure_weight_tying", False))
+    first = offer.first_embedding()
     taken = {slot.path for slot in slots if slot.key != "bias"}
     extra = []
     for slot in slots:
         here = offer.modules[slot.path]
-        if (
-            slot.key == "bias"
-            or not kind_of(here)
-            or not (shares or slot.key == "trainable_tokens")
-        ):
+        if slot.key == "bias" or not kind_of(here):
             continue
+        everywhere = wished or slot.key == "trainable_tokens"
         for path, end in tied_ends(offer.model, slot.path):
-            if path not in taken and kind_of(end):
+            called = slot.path == first and isinstance(end, nn.Embedding)
+            if path not in taken and kind_of(end) and (everywhere or called):
                 taken.add(path)
                 turned = _turned(here) != _turned(end)
-                saved = not slot.prefix  # rows that a LoRA trains beside its own are saved once
+                saved = everywhere and not slot.prefix  # rows beside a LoRA are saved once
                 source = (slot.path, slot.key)
                 extra.append(Slot(path, "tied", None, "", source, turned, saved))
-    if shares and not extra:
+    if wished and not extra:
         warn("ensure_weight_tying has no effect: no adapter sits at a tied weight")
     return extra
 

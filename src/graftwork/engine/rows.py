@@ -33,7 +33,7 @@ def expand(rows: tuple[str, ...], n: int, path: str) -> tuple[str, ...]:
     """
     if n == len(rows):
         return rows
-    if n % len(rows) or "experts" in path.split("."):
+    if n % len(rows) or "experts" in path.split(".")[:-1]:
         raise StateError(
             f"{path} was called with {n} inputs for a batch of {len(rows)} adapter_names, so it "
             "is not known which input "

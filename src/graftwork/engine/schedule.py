@@ -87,7 +87,7 @@ class Schedule:
             TrainingError: they have, again and again.
         """
         first = self.first()
-        if first is None or not type(self.config).has_schedule():
+        if first is None or not self.config.has_schedule() or torch.compiler.is_compiling():
             return
         changed = self.version is not None and first._version != self.version
         self.unseen = self.unseen + 1 if changed else 0

@@ -29,8 +29,9 @@ def inside(module: nn.Module) -> nn.Module:
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module by original path, hosts standing for layers; a shared module at each path."""
     yield path, module
-    for name, child in inside(module).named_children():
-        yield from walk(child, f"{path}.{name}" if path else name)
+    for name, child in inside(module)._modules.items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name)
 
 
 def hosts(module: nn.Module) -> dict[str, Host]:
@@ -82,7 +83,7 @@ def tied_ends(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         if inside(module) is not here and mine is not None:
             theirs = _weight(module)
             if theirs is not None and same_storage(mine, theirs):
-                ends.append((other, module))
+                ends.append((other, inside(module)))
     return ends
 
 
