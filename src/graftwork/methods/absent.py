@@ -1,4 +1,4 @@
-"""Options of PEFT's LoRA that are not here. They are read from files, and refused where they are set."""
+"""Options of PEFT's LoRA that are not here: read from files, refused where they are set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..config import TargetConfig
 
 @dataclass
 class AbsentLoraOptions(TargetConfig):
-    """PEFT's options; those of starts (``eva_config`` ...) are only PEFT's notes of how a file came about."""
+    """PEFT's options; those of starts (``eva_config`` ...) only note how a file came about."""
 
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"

@@ -19,6 +19,7 @@ from ..errors import FileError, StateError
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 
 
 def user_model(model: nn.Module) -> nn.Module:

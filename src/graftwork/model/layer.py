@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -108,3 +109,37 @@ def adapter_state_dict_load_map(host: Host, adapter_name: str) -> dict[str, str]
                 where = f"adapters.{adapter_name}.{key}.{inner[id(tensor)]}"
                 found[f"{part.prefix}{name}"] = where
     return found
+
+
+def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> None:
+    """Show something of each adapter that has it, as in ``layer.scaling["default"]``."""
+
+    def show(host: Host) -> Any:
+        if hasattr(host.base_layer, name):  # an attention layer has a scaling of its own
+            return getattr(host.base_layer, name)
+        parts = [(n, value(part)) for n in host.adapters for _, part in host.parts_of(n)]
+        return {n: v for n, v in parts if v is not None}
+
+    NAMES[name] = show
+
+
+def _tensor(name: str) -> Callable[[Any], Any]:
+    """A tensor as PEFT shows it: ``layer.lora_A["default"].weight``, ``layer.ia3_l["default"]``."""
+
+    def find(part: Any) -> Any:
+        for key, tensor in part.file_tensors().items():
+            first, _, rest = key.partition(".")
+            if first == name:
+                return SimpleNamespace(**{rest: tensor}) if rest else tensor
+        return None
+
+    return find
+
+
+for _name in (
+    "lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector ia3_l "
+    "trainable_tokens_delta"
+).split():
+    _shown_unless_the_layer_has_it(_name, _tensor(_name))
+_shown_unless_the_layer_has_it("scaling", lambda part: part.scale if part.rank() else None)
+_shown_unless_the_layer_has_it("r", lambda part: part.rank())

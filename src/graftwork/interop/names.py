@@ -1,0 +1,63 @@
+"""PEFT's modules, and PEFT's names with where they are here.
+
+Every module of the alias offers every name: programs import the same class from several paths, and
+it must be the same class.
+"""
+
+from __future__ import annotations
+
+_TASKS = (
+    "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification "
+    "TokenClassification"
+).split()
+
+# where -> names there; "theirs=ours" where they differ
+_OFFERS = {
+    "config": "PeftConfig PeftConfigMixin=PeftConfig PeftType TaskType",
+    "errors": "PeftWarning PeftError=GraftworkError NoMatchingPeftModuleError=TargetError",
+    "methods.lora": "LoraConfig",
+    "methods.adalora": "AdaLoraConfig SVDLinear=AdaLoRA",
+    "methods.ia3": "IA3Config",
+    "methods.tokens": "TrainableTokensConfig",
+    "model.peft_model": "PeftModel get_peft_model",
+    "model.tasks": " ".join(["PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)])
+    + " MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASK_CLASSES",
+    "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
+    "model.report": "TunerLayerStatus TunerModelStatus",
+    "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
+    "set_peft_model_state_dict delete_adapter set_adapter set_requires_grad",
+    "engine.root": "BaseTuner=Grafted LoraModel=Grafted AdaLoraModel=Grafted IA3Model=Grafted "
+    "TrainableTokensModel=Grafted",
+    "engine.host": "BaseTunerLayer=Host AdaLoraLayer=Host IA3Layer=Host "
+    "TrainableTokensLayer=Host Linear=Host",
+    "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer INCLUDE_LINEAR_LAYERS_SHORTHAND "
+    "ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
+    "PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig SAFETENSORS_WEIGHTS_NAME "
+    "TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME build_peft_weight_mapping "
+    "cast_mixed_precision_params check_if_peft_model check_target_module_exists "
+    "fsdp_auto_wrap_policy get_layer_status get_model_status get_peft_config infer_device "
+    "is_bnb_4bit_available is_bnb_available prepare_model_for_kbit_training "
+    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING "
+    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+}
+# PEFT's name -> (module here, name there)
+NAMES = {
+    theirs: (where, ours or theirs)
+    for where, offers in _OFFERS.items()
+    for theirs, _, ours in (offer.partition("=") for offer in offers.split())
+}
+MODULES = frozenset(
+    f"peft.{name}".rstrip(".")
+    for name in (
+        " auto config functional helpers import_utils mapping mapping_func mixed_model peft_model "
+        "tuners tuners.tuners_utils tuners.lora tuners.lora.layer tuners.lora.config "
+        "tuners.lora.model tuners.adalora tuners.adalora.config tuners.adalora.layer "
+        "tuners.adalora.model tuners.ia3 tuners.ia3.config tuners.ia3.layer tuners.ia3.model "
+        "tuners.trainable_tokens tuners.trainable_tokens.config tuners.trainable_tokens.layer "
+        "tuners.trainable_tokens.model tuners.mixed tuners.mixed.model utils utils.constants "
+        "utils.error utils.integrations utils.other utils.peft_types utils.save_and_load "
+        "utils.transformers_weight_conversion utils.warning"
+    ).split(" ")
+)

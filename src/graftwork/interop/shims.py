@@ -1,0 +1,225 @@
+"""What PEFT has and this library does otherwise, for programs that name it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, PeftType, TargetConfig, pattern_matches
+from ..engine.host import Host
+from ..engine.parts import Copy
+from ..engine.root import Grafted
+from ..methods.lora import LoRA
+from ..methods.tokens import Tokens
+from ..model import report
+from ..model.peft_model import PeftModel
+from ..table import METHODS
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.bin"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+
+
+class PromptLearningConfig:
+    """PEFT's base of prompt methods' configs; a config of this library is none."""
+
+
+class _Having(type):
+    """A class whose instances are the hosts that have a part of some kind."""
+
+    part: type[nn.Module] | None
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, Host):
+            return False
+        if cls.part is None:
+            return True
+        return any(
+            isinstance(p, cls.part) for n in instance.adapters for _, p in instance.parts_of(n)
+        )
+
+
+class AuxiliaryTrainingWrapper(metaclass=_Having):
+    """PEFT's base of wrappers that are no tuner layers; every host tells where its tensors go."""
+
+    part = None
+
+
+class ModulesToSaveWrapper(metaclass=_Having):
+    """A host in which an adapter trains a whole module."""
+
+    part = Copy
+
+
+class TrainableTokensWrapper(metaclass=_Having):
+    """A host in which an adapter trains rows of an embedding."""
+
+    part = Tokens
+
+
+class LoraLayer(metaclass=_Having):
+    """A host with a LoRA."""
+
+    part = LoRA
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+    """FSDP1: wrap each adapter by itself, beside the model's own blocks."""
+    from torch.distributed.fsdp.wrap import (
+        _or_policy,
+        lambda_auto_wrap_policy,
+        transformer_auto_wrap_policy,
+    )
+
+    from ..engine.adapter import Adapter
+
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = {type(m) for m in model.modules() if type(m).__name__ in names}
+    adapters = functools.partial(
+        lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, Adapter)
+    )
+    whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
+    return functools.partial(_or_policy, policies=[adapters, whole])
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[Any] | None,
+    adapter_name: str,
+    peft_config: PeftConfig | None = None,
+) -> list[Any]:
+    """For transformers' loader: names in a PEFT file -> names in the model; hosts add their own."""
+    from transformers.core_model_loading import WeightRenaming
+
+    own = [
+        WeightRenaming("base_model.model.model.", "model."),
+        WeightRenaming("base_model.model.", ""),
+    ]
+    return own + [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
+
+
+def check_target_module_exists(config: TargetConfig, key: str) -> bool:
+    """Whether a config's target_modules mean the layer called ``key``."""
+    wanted = config.target_modules
+    if isinstance(wanted, str):
+        return pattern_matches(wanted, key)
+    return any(key == name or key.endswith(f".{name}") for name in wanted or ())
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Freeze a model and let gradients flow through its checkpoints; nothing is cast to fp32.
+
+    Args:
+        model: a model of transformers.
+        use_gradient_checkpointing: switch gradient checkpointing on.
+        gradient_checkpointing_kwargs: its options.
+    """
+    model.requires_grad_(False)
+    if use_gradient_checkpointing:
+        inner: Any = model
+        new = hasattr(inner, "activation_checkpointing_enable")
+        enable = (
+            inner.activation_checkpointing_enable if new else inner.gradient_checkpointing_enable
+        )
+        enable(gradient_checkpointing_kwargs)
+        inner.enable_input_require_grads()
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters in ``dtype``, trained ones in fp32."""
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+
+def get_layer_status(model: nn.Module) -> list[report.TunerLayerStatus]:
+    """PEFT's report on each adapted layer."""
+    return report.layer_status(_root(model))
+
+
+def get_model_status(model: nn.Module) -> report.TunerModelStatus:
+    """PEFT's report on the model."""
+    if isinstance(model, PeftModel):
+        return report.model_status(model)
+    raise TypeError(f"get_model_status needs a PeftModel, not a {type(model).__name__}")
+
+
+def _root(model: nn.Module) -> Grafted:
+    if isinstance(model, PeftModel):
+        return model.base_model
+    if isinstance(model, Grafted):
+        return model
+    raise TypeError(f"get_layer_status needs a PeftModel, not a {type(model).__name__}")
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A config from a dictionary with its ``peft_type``."""
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or hub id is an adapter's."""
+    from ..errors import FileError
+
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except FileError:
+        return False
+    return True
+
+
+def infer_device() -> str:
+    """The accelerator's type, or "cpu"."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+def is_bnb_available() -> bool:
+    """Whether bitsandbytes is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("bitsandbytes") is not None
+
+
+is_bnb_4bit_available = is_bnb_available
+
+
+def _mapping() -> dict[PeftType, type[PeftConfig]]:
+    return {
+        PeftType(name): row.config for name, row in METHODS.items() if name in PeftType.__members__
+    }
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PEFT_TYPE_TO_CONFIG_MAPPING":
+        return _mapping()
+    if name == "PEFT_TYPE_TO_TUNER_MAPPING":
+        return dict.fromkeys(_mapping(), Grafted)
+    if name == "PEFT_TYPE_TO_PREFIX_MAPPING":
+        prefixes = {
+            "LORA": "lora_",
+            "ADALORA": "lora_",
+            "IA3": "ia3_",
+            "TRAINABLE_TOKENS": "trainable_tokens_",
+        }
+        return {PeftType(k): v for k, v in prefixes.items()}
+    if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
+        method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix(
+            "_TARGET_MODULES_MAPPING"
+        )
+        if method in METHODS:
+            return dict(METHODS[method].config.TARGETS)
+    if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":
+        from ..methods.defaults import IA3_FEEDFORWARD
+
+        return dict(IA3_FEEDFORWARD)
+    raise AttributeError(name)
