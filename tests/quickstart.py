@@ -4,11 +4,8 @@ import json
 import sys
 
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM
-
-from peft import LoraConfig, TaskType
-from peft import get_peft_model
-from peft import PeftModel
 
 model_id, output = sys.argv[1], sys.argv[2]
 model = AutoModelForCausalLM.from_pretrained(model_id)

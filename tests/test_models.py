@@ -1,4 +1,4 @@
-"""Whole models of transformers: ties, mixed batches, generation, checkpointing, compilation, threads."""
+"""Whole models: ties, mixed batches, generation, checkpointing, compilation, threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import shake
 
 from graftwork import (
     AdaLoraConfig,
@@ -24,6 +23,7 @@ from graftwork import (
     get_peft_model,
 )
 from tiny import IDS, build, run
+from zoo import shake
 
 CONFIGS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=4, target_modules="all-linear"),
@@ -45,6 +45,11 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+EMBEDDED = (
+    "embedding head both shared tokens lora_tokens saved saved_embedding saved_shared"
+).split()
+
+
 def adapted(model: str, *configs: str) -> Any:
     wrapped = get_peft_model(build(model), CONFIGS[configs[0]](), "a0").eval()
     for i, name in enumerate(configs[1:], 1):
@@ -55,9 +60,7 @@ def adapted(model: str, *configs: str) -> Any:
 
 
 @pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "t5"])
-@pytest.mark.parametrize(
-    "config", "embedding head both shared tokens lora_tokens saved saved_embedding saved_shared".split()
-)  # fmt: skip
+@pytest.mark.parametrize("config", EMBEDDED)
 def test_embeddings_mean_the_same_adapted_merged_and_saved(
     model: str, config: str, tmp_path: Path
 ) -> None:

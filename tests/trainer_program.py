@@ -1,4 +1,4 @@
-"""A program that trains with transformers' Trainer; run by test_trainer.py in a process of its own."""
+"""A program that trains with transformers' Trainer, run by test_trainer.py on its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ else:
     import transformers.trainer  # noqa: F401
 
 import torch  # noqa: E402
+
 from tiny import build  # noqa: E402
 
 if first != "graftwork":

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import build, run
 from safetensors import safe_open
 from torch import nn
 
 import graftwork
+from tiny import build, run
 
 peft = pytest.importorskip("peft", reason="the real peft is the oracle of these tests")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft and transformers warn about themselves
@@ -166,7 +166,7 @@ every_case = pytest.mark.parametrize("model, case, kind, options", CASES, ids=[c
 
 @torch.no_grad()
 def shake(model: nn.Module) -> None:
-    """Move what is trained away from the start, by an amount that depends on the tensor's size alone."""
+    """Move what is trained away from the start, by an amount that its size decides."""
     generator = torch.Generator().manual_seed(3)
     for p in model.parameters():
         if p.requires_grad:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from test_files import peft, shake
-from tiny import IDS, build, run
 
 import graftwork
+from tiny import IDS, build, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -218,18 +218,17 @@ def _in_blocks(offer: Offer, config: TargetConfig, targets: list[Target]) -> lis
     indices = {wanted} if isinstance(wanted, int) else set(wanted)
     names = config.layers_pattern or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    number = {t: _block(t.name, names) for t in targets}
-    offered = sorted({n for n in number.values() if n is not None})
-    for index in sorted(indices - set(offered)):
-        problem = (
-            f"layers_to_transform entry {index} is no block that the other patterns choose; those"
-        )
-        _complain(offer, config, f"{problem} have the indices {_ranges(offered) or '(none)'}")
     stems = {m[1] for t in targets for m in re.finditer(r"([^.]+)\.\d+\.", t.name)}
     for name in names:
         if all(_block(t.name, (name,)) is None for t in targets):
             problem = f"layers_pattern entry {name!r} stands in front of no block index"
             _complain(offer, config, problem, name, stems)
+            names = tuple(n for n in names if n != name)
+    number = {t: _block(t.name, names) for t in targets}
+    offered = sorted({n for n in number.values() if n is not None})
+    for index in sorted(indices - set(offered)):
+        problem = f"layers_to_transform entry {index} is no block of the layers that are chosen"
+        _complain(offer, config, f"{problem}; those are in {_ranges(offered) or 'none'}")
     return [t for t in targets if number[t] in indices]
 
 

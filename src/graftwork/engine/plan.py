@@ -163,8 +163,8 @@ def _whole(parameter: str) -> Callable[[Host], Adapter]:
 def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
     """Where an adapter acts at both ends of a tied weight, a part that refers to the first end.
 
-    Trained tokens always do. What sits at the input embedding also acts at the embeddings that are tied
-    to it, since models such as T5 call only those.
+    Trained tokens always do. What sits at the input embedding also acts at the embeddings that are
+    tied to it, since models such as T5 call only those.
     """
     wished = bool(getattr(config, "ensure_weight_tying", False))
     first = offer.first_embedding()

@@ -241,9 +241,8 @@ class Grafted(nn.Module):
             MergeError: an update is not finite, or a layer has no place for it.
         """
         switch, every = self.switch, list(self.hosts().values())
-        merged = tuple(dict.fromkeys(n for host in every for n in host.merged_adapters))
         wanted = switch.check(tuple(adapter_names) if adapter_names else switch.active)
-        new = tuple(n for n in wanted if n not in merged)
+        new = tuple(n for n in wanted if n not in switch.merged)
         if not new:
             warn(
                 f"{list(wanted)} are merged already; nothing to do"
@@ -251,7 +250,7 @@ class Grafted(nn.Module):
                 else "no adapter is active; nothing to merge"
             )
             return
-        names = merged + new
+        names = switch.merged + new
         if keep:
             prepared = [(host, host.prepare(names)) for host in every]
         else:  # twice, so that no second copy of the model is ever held
@@ -259,7 +258,9 @@ class Grafted(nn.Module):
                 host.prepare(names)
             prepared = ((host, host.prepare(names)) for host in every)  # type: ignore[assignment]
         ties.commit(self.model, names, prepared, keep, switch)
-        switch.before_merge = switch.active if switch.before_merge is None else switch.before_merge
+        if not switch.merged:
+            switch.before_merge = switch.active
+        switch.merged = names
         switch.activate(names)
 
     def unmerge_adapter(self) -> None:
@@ -268,13 +269,12 @@ class Grafted(nn.Module):
         if not any(host.merged_adapters for host in every):
             warn("no adapter is merged; nothing to undo")
             return
-        merged = tuple(dict.fromkeys(n for host in every for n in host.merged_adapters))
         for host in every:
             host.restore()
         ties.restore(self.model, switch)
-        if switch.before_merge is not None and switch.active == merged:
+        if switch.active == switch.merged:
             switch.activate(switch.before_merge)
-        switch.before_merge = None
+        switch.merged = ()
 
     def merge_and_unload(
         self,

@@ -54,7 +54,8 @@ class Switch:
         self.configs: dict[str, PeftConfig] = {}
         self.schedules: dict[str, Schedule] = {}  # of the adapters that follow the optimizer
         self.trainable: frozenset[str] = frozenset()  # base parameters that were trainable before
-        self.before_merge: tuple[str, ...] | None = None  # what was active before merging
+        self.merged: tuple[str, ...] = ()  # what is merged into the whole model, the lowest first
+        self.before_merge: tuple[str, ...] = ()  # what was active before
         self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
         self.active: tuple[str, ...] = ()
         self.enabled = True
