@@ -10,7 +10,7 @@ from typing import Any
 
 first, folder = sys.argv[1], Path(sys.argv[2])
 if first == "transformers":
-    import transformers  # noqa: F401
+    import transformers
     import transformers.modeling_utils  # noqa: F401
 
 import graftwork  # noqa: E402
@@ -22,17 +22,16 @@ import importlib.util  # noqa: E402
 
 import peft  # noqa: E402
 import peft.tuners.lora.layer  # noqa: E402
-import torch  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
-from tiny import IDS, build, run  # noqa: E402
+
+from tiny import build, run  # noqa: E402
 from zoo import shake  # noqa: E402
 
 report: dict[str, Any] = {
-    "version": importlib.metadata.version("peft"),
     "spec": importlib.util.find_spec("peft") is not None,
     "same": peft.PeftModel is graftwork.PeftModel is PeftModel is peft.peft_model.PeftModel,
     "is_lora": peft.tuners.lora.layer.LoraLayer is LoraLayer,
@@ -93,6 +92,8 @@ with warnings.catch_warnings(record=True) as caught:
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj", "v_porj"]))
     report["lenient"] = [str(w.message) for w in caught if "v_porj" in str(w.message)]
 
+report["version"] = importlib.metadata.version("peft")
+report["module_version"] = peft.__version__
 from accelerate.utils import extract_model_from_parallel  # noqa: E402, F401
 from accelerate.utils.imports import is_peft_available as accelerates  # noqa: E402
 
@@ -102,7 +103,7 @@ try:
 except ImportError as error:
     report["absent"] = str(error)
 try:
-    import peft.tuners.hra  # noqa: F401
+    import peft.tuners.hra
 except ModuleNotFoundError as error:
     report["absent_module"] = str(error)
 print(json.dumps(report))

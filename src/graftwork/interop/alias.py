@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
@@ -49,6 +50,8 @@ class Alias(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if f"{self.__name__}.{name}" in MODULES:
             return import_module(f"{self.__name__}.{name}")
+        if name == "__version__" and self.__name__ == "peft":
+            return shown_version()
         if name in NAMES:
             where, ours = NAMES[name]
             value = getattr(import_module(f"graftwork.{where}"), ours)
@@ -96,8 +99,6 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__all__"] = sorted(NAMES)
-        if module.__name__ == "peft":
-            module.__dict__["__version__"] = FORMAT_VERSION
 
 
 class _Distribution(Distribution):
@@ -105,16 +106,27 @@ class _Distribution(Distribution):
 
     def read_text(self, filename: str) -> str | None:
         if filename == "METADATA":
-            return f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\n"
+            return f"Metadata-Version: 2.1\nName: peft\nVersion: {shown_version()}\n"
         return None
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"graftwork stands in for peft, which has no file {path}")
 
 
+def shown_version() -> str:
+    """The version that checks see: of the files' format, or what the loaded transformers asks for.
+
+    transformers raises its least version of peft with each release, also where the names that it
+    uses stay the same.
+    """
+    table: Any = sys.modules.get("transformers.dependency_versions_table")
+    asked = re.findall(r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", ""))
+    return max(FORMAT_VERSION, *asked, key=lambda v: tuple(map(int, v.split("."))))
+
+
 def _forget_availability() -> None:
     """transformers remembers whether peft was there when it first looked."""
     utils = sys.modules.get("transformers.utils.import_utils")
-    for name in ("_is_package_available", "is_peft_available"):
+    for name in ("_is_package_available", "is_peft_available", "is_peft_greater_or_equal"):
         if utils is not None and hasattr(getattr(utils, name, None), "cache_clear"):
             getattr(utils, name).cache_clear()

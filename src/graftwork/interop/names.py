@@ -30,7 +30,8 @@ _OFFERS = {
     "TrainableTokensModel=Grafted",
     "engine.host": "BaseTunerLayer=Host AdaLoraLayer=Host IA3Layer=Host "
     "TrainableTokensLayer=Host Linear=Host",
-    "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer INCLUDE_LINEAR_LAYERS_SHORTHAND "
+    "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND "
     "ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
     "PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig SAFETENSORS_WEIGHTS_NAME "
     "TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME build_peft_weight_mapping "
