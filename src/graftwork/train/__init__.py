@@ -1,0 +1,1 @@
+"""Training from a recipe: data, plan, run, and the folder that needs nothing else afterwards."""

@@ -1,0 +1,162 @@
+"""The base model and its tokenizer, loaded quietly and checked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import did_you_mean
+from .recipe import RecipeError
+
+
+def resolve(source: str) -> str:
+    """A model's folder as an absolute path, or its hub id as it is.
+
+    Raises:
+        RecipeError: it looks like a folder that is not there, or is an adapter's.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise RecipeError(
+                    f"--model: {source} is an adapter, not a base model; give the model that it "
+                    "was trained on"
+                )
+            raise RecipeError(f"--model: {source} has no config.json, so it is no model's folder")
+        return str(path.resolve())
+    if path.exists():
+        raise RecipeError(f"--model: {source} is a file; give the model's folder or a hub id")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError(
+            f"--model: there is no folder {source}{did_you_mean(path.name, siblings)}"
+        )
+    return source
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Errors of loading, with what to do about them."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            text = str(error).strip().splitlines()[0]
+            raise RecipeError(f"--model: {source} cannot be loaded: {text}") from error
+        raise RecipeError(
+            f"--model: there is no folder {source} here, and the hub does not give a model of that "
+            "name: it is misspelt, private (log in with `hf auth login`), or there is no network. "
+            f"({_reason(error)})"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The model's tokenizer, with a padding token.
+
+    Args:
+        source: what ``resolve`` gave, or a folder that holds a tokenizer.
+        revision: the revision on the hub.
+
+    Raises:
+        RecipeError: there is none, or it can pad with nothing.
+    """
+    import transformers
+
+    with _explained(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise RecipeError(f"the tokenizer of {source} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def longest(tokenizer: Any, config: Any) -> int | None:
+    """The longest sequence that a model takes, in tokens; None where it does not say."""
+    told = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**6 else []
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(
+        [*told, *([positions] if isinstance(positions, int) and positions > 0 else [])],
+        default=None,
+    )
+
+
+def load_config(source: str, revision: str | None = None, **changes: Any) -> Any:
+    """The model's config with some fields changed."""
+    import transformers
+
+    with _explained(source):
+        return transformers.AutoConfig.from_pretrained(source, revision=revision, **changes)
+
+
+def load_model(
+    kind: str, source: str, config: Any, precision: str, revision: str | None, seed: int
+) -> tuple[Any, list[str]]:
+    """The base model on the CPU, and those of its modules that start anew.
+
+    Args:
+        kind: the class of transformers that loads it.
+        source: what ``resolve`` gave.
+        config: the model's config.
+        precision: ``fp32`` loads in fp32, anything else in the files' own type.
+        revision: the revision on the hub.
+        seed: decides what starts from noise, such as a new head.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    import transformers
+
+    transformers.set_seed(seed)
+    dtype = torch.float32 if precision == "fp32" else "auto"
+    with _explained(source):
+        model, info = getattr(transformers, kind).from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # another head than the one that is wanted; see below
+            output_loading_info=True,
+        )
+    if model.dtype == torch.float16 and not torch.cuda.is_available():
+        model = model.float()  # half precision is for accelerators
+    new = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
+    missing = {name.rpartition(".")[0] for name in new}
+    return model, sorted(missing)
+
+
+def choose_precision(wanted: str) -> str:
+    """``auto`` becomes what this machine computes fastest without losing its way."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.7 does not tell yet
+    abilities: dict[str, Any] = tell()
+    fast = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
+    return "bf16" if fast else "fp32"
+
+
+@contextlib.contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """The precision in which the model computes."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in kinds:
+        yield
+        return
+    with torch.autocast(device.type, dtype=kinds[precision]):
+        yield

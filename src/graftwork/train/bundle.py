@@ -1,0 +1,187 @@
+"""What lies beside an adapter, so that using it needs nothing but its folder: the tokenizer, and
+``graftwork.json`` with the recipe, the task, the labels, the base model and the metrics.
+
+A folder is written as a whole: everything is put together in ``FOLDER.partial``, where checkpoints
+live as well, and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import did_you_mean
+from .recipe import Recipe, RecipeError
+from .tasks import TASKS, Spec
+
+NOTE = "graftwork.json"
+FORMAT = 1
+RECIPE = "recipe.json"
+DONE = "result"
+
+
+@dataclass(frozen=True)
+class Note:
+    """The content of ``graftwork.json``.
+
+    Args:
+        recipe: what the adapter was trained by, with absolute paths.
+        spec: the task, its labels, columns, template and limit.
+        base: the base model's folder or hub id.
+        precision: in which it was trained.
+        metrics: ``before`` and ``after``, and figures of the run.
+    """
+
+    recipe: Recipe
+    spec: Spec
+    base: str
+    precision: str
+    metrics: dict[str, Any]
+
+
+def write(folder: Path, note: Note) -> None:
+    """Write ``graftwork.json`` into a folder."""
+    packages = ("torch", "transformers", "datasets")
+    content = {
+        "format": FORMAT,
+        "graftwork": __version__,
+        "versions": {name: version(name) for name in packages},
+        "base": note.base,
+        "spec": note.spec.to_dict(),
+        "precision": note.precision,
+        "recipe": note.recipe.explicit,
+        "metrics": note.metrics,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / NOTE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: str | os.PathLike[str]) -> Note:
+    """The note in an adapter's folder.
+
+    Raises:
+        RecipeError: there is no such folder, or ``graft train`` did not write it.
+    """
+    from .recipe import build
+
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError(f"there is no folder {folder}{did_you_mean(path.name, names)}")
+    if not (path / NOTE).is_file():
+        if (path / "adapter_config.json").is_file():
+            raise RecipeError(
+                f"{folder} is an adapter, but not one that `graft train` wrote: {NOTE} with its "
+                "task and labels is missing. Load it in Python with AutoPeftModel.from_pretrained"
+            )
+        raise RecipeError(f"{folder} holds no adapter ({NOTE} and adapter_config.json are missing)")
+    try:
+        content = json.loads((path / NOTE).read_text(encoding="utf-8"))
+        if content["format"] > FORMAT:
+            raise RecipeError(
+                f"{path / NOTE} was written by graftwork {content['graftwork']}, which is newer "
+                f"than this one ({__version__}); upgrade with `pip install -U graftwork`"
+            )
+        recipe, _ = build(content["recipe"])
+        spec = Spec.from_dict(content["spec"])
+        note = Note(recipe, spec, content["base"], content["precision"], content["metrics"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path / NOTE} is damaged: {type(error).__name__}: {error}") from error
+    if note.spec.task not in TASKS:
+        raise RecipeError(f"{path / NOTE} names the task {note.spec.task!r}, which is not known")
+    return note
+
+
+class Place:
+    """The output folder of a training and the working folder beside it.
+
+    Args:
+        output: the folder to write.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.output = Path(output).expanduser().resolve()
+        self.work = self.output.with_name(f"{self.output.name}.partial")
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse to write where something else is.
+
+        Raises:
+            RecipeError: the folder is in use; the text says by what.
+        """
+        out = self.output
+        if out.exists() and not out.is_dir():
+            raise RecipeError(f"--output: {out} is a file; name a folder that is not there yet")
+        if out.is_dir() and any(out.iterdir()):
+            ours = (out / NOTE).is_file()
+            if not ours:
+                raise RecipeError(
+                    f"--output: {out} already holds other things ({_some(out)}), which are not "
+                    "touched; name a folder that is not there yet"
+                )
+            if not overwrite:
+                raise RecipeError(
+                    f"--output: {out} already holds a trained adapter; name another folder, or "
+                    "replace it with --overwrite"
+                )
+        if self.work.exists() and not overwrite:
+            if (self.work / RECIPE).is_file():
+                raise RecipeError(
+                    f"--output: an unfinished training of {out.name} lies in {self.work}; go on "
+                    "with --resume, or start again with --overwrite"
+                )
+            raise RecipeError(
+                f"--output: {self.work} is in the way; remove it or choose another name"
+            )
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the working folder and note the recipe in it."""
+        if self.work.exists():
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True)
+        text = json.dumps(recipe.explicit, indent=2, ensure_ascii=False)
+        (self.work / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+    def begun(self) -> dict[str, Any]:
+        """The recipe of an unfinished training.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        path = self.work / RECIPE
+        if not path.is_file():
+            done = (self.output / NOTE).is_file()
+            raise RecipeError(
+                f"--resume: {self.output} is finished; measure it with `graft eval {self.output}`"
+                if done
+                else f"--resume: there is no unfinished training of {self.output} "
+                f"({self.work} is not there)"
+            )
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def abandon(self) -> None:
+        """Remove the working folder, unless a training can be resumed from it."""
+        from .loop import last_checkpoint
+
+        if self.work.is_dir() and last_checkpoint(self.work) is None:
+            shutil.rmtree(self.work)
+
+    def finish(self, made: Path) -> None:
+        """Put the finished folder in its place and remove what was needed to make it."""
+        old = self.work / "replaced"
+        if self.output.is_dir():
+            os.replace(self.output, old)
+        os.replace(made, self.output)
+        shutil.rmtree(self.work)
+
+
+def _some(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

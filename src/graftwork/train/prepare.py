@@ -1,0 +1,179 @@
+"""Everything up to the first step: examples, tokenizer, samples, the model with its adapter, and
+the plan. Mistakes in the recipe or the data end here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..engine.parts import Copy
+from ..model.peft_model import PeftModel, get_peft_model
+from . import base, corpus, options, plan
+from .corpus import Corpus
+from .plan import Plan
+from .recipe import Recipe, RecipeError
+from .tasks import Encoded, Spec, Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a training needs.
+
+    Args:
+        recipe: with absolute paths.
+        corpus: the examples.
+        spec: what the adapter's user must know.
+        tokenizer: the base model's.
+        model: with the adapter in it.
+        train: samples to train on.
+        test: samples held out.
+        plan: what is going to happen.
+        precision: in which it computes.
+        remarks: what the user should know.
+    """
+
+    recipe: Recipe
+    corpus: Corpus
+    spec: Spec
+    tokenizer: Any
+    model: PeftModel
+    train: Encoded
+    test: Encoded
+    plan: Plan
+    precision: str
+    remarks: list[str]
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths and a name for the output."""
+    changes: dict[str, Any] = {"model": base.resolve(recipe.model)}
+    for key in ("data", "test_data"):
+        path = getattr(recipe, key)
+        if path is not None and Path(path).expanduser().exists():
+            changes[key] = str(Path(path).expanduser().resolve())
+    changes["output"] = output_of(recipe.output, changes.get("data", recipe.data), recipe.method)
+    return recipe.model_copy(update=changes)
+
+
+def output_of(output: str | None, data: str, method: str) -> str:
+    """The folder to write, as an absolute path; by default named after the data and the method."""
+    path = Path(data).expanduser()
+    stem = path.resolve().parent.name if path.stem.lower() in ("train", "data") else path.stem
+    return str(Path(output or f"{stem or 'graft'}-{method.lower()}").expanduser().resolve())
+
+
+def prepare(recipe: Recipe, say: Say) -> Prepared:
+    """Make ready for a training.
+
+    Args:
+        recipe: what to train.
+        say: told what is being done.
+
+    Raises:
+        RecipeError: something in the recipe or the data does not fit.
+    """
+    recipe = settle(recipe)
+    say("reading the data")
+    found = corpus.gather(recipe)
+    task = found.task
+    say("loading the tokenizer")
+    tokenizer = base.load_tokenizer(recipe.model, recipe.revision)
+    spec = task.spec(found.columns, recipe, tokenizer, found.train)
+    config = base.load_config(recipe.model, recipe.revision, **task.config(spec, tokenizer))
+    task.check_base(config, recipe.model)
+    spec = replace(spec, max_length=_limit(recipe, task, base.longest(tokenizer, config)))
+    say("encoding the data")
+    train = task.encode(found.train, spec, tokenizer, corpus.short(recipe.data))
+    test = task.encode(found.test, spec, tokenizer, found.held)
+    steps, epochs = plan.count_steps(recipe, len(train.samples))
+    say("loading the base model")
+    precision = base.choose_precision(recipe.precision)
+    model = adapted(recipe, task, spec, config, steps)
+    say("estimating the memory")
+    made = _plan(recipe, task, model, train, steps, epochs, precision, tokenizer.pad_token_id)
+    remarks = [
+        *found.remarks,
+        *_long(train, spec, task, "training"),
+        *_long(test, spec, task, "held-out"),
+        *_tight(made),
+    ]
+    return Prepared(recipe, found, spec, tokenizer, model, train, test, made, precision, remarks)
+
+
+def _limit(recipe: Recipe, task: Task, most: int | None) -> int:
+    if recipe.max_length is None:
+        return min(task.length, most or task.length)
+    if most is not None and recipe.max_length > most:
+        raise RecipeError(
+            f"--max-length: the base model takes at most {most} tokens, not {recipe.max_length}"
+        )
+    return recipe.max_length
+
+
+def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> PeftModel:
+    """The base model with a new adapter in it.
+
+    Modules that the base model's files lack start from noise, so they are trained as a whole.
+    """
+    model, new = base.load_model(
+        task.model_class, recipe.model, config, recipe.precision, recipe.revision, recipe.seed
+    )
+    values = dict(recipe.method_options)
+    if new and task.model_class == "AutoModelForCausalLM":
+        raise RecipeError(
+            f"--model: {recipe.model} lacks the weights of {', '.join(new[:3])}, which a "
+            f"{type(model).__name__} needs, so it would write noise; is it a language model?"
+        )
+    if new and options.is_targeted(recipe.method):
+        own = values.get("modules_to_save") or []
+        values["modules_to_save"] = sorted({*own, *new})
+    method = options.make(recipe.method, values, steps, task_type=task.kind)
+    model.config.use_cache = False  # nothing is generated in training
+    if recipe.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    return get_peft_model(model, method, revision=recipe.revision)
+
+
+def _plan(
+    recipe: Recipe, task: Task, model: PeftModel, train: Encoded, steps: int, epochs: float,
+    precision: str, pad: int,
+) -> Plan:  # fmt: skip
+    trainable, every = model.get_nb_trainable_parameters()
+    rates = options.defaults(recipe.method)
+    usual = rates.rate if task.higher_is_better else rates.language_rate
+    has_head = any(isinstance(m, Copy) for m in model.modules())
+    return Plan(
+        trainable,
+        every,
+        len({row.site for row in model.adapters()}),
+        steps,
+        epochs,
+        recipe.learning_rate or usual,
+        (recipe.head_learning_rate or options.HEAD_RATE) if has_head else None,
+        plan.estimate(model, train.samples, recipe, pad, precision),
+        plan.available(model.get_base_model().device),  # type: ignore[arg-type]
+    )
+
+
+def _long(found: Encoded, spec: Spec, task: Task, what: str) -> Sequence[str]:
+    if not found.long:
+        return ()
+    return (
+        f"{found.long:,} {what} texts are longer than {spec.max_length} tokens (the longest has "
+        f"{found.longest:,}) and are {task.cutting}; --max-length sets the limit",
+    )
+
+
+def _tight(made: Plan) -> Sequence[str]:
+    if made.memory.total < made.available:
+        return ()
+    return (
+        "the estimate exceeds the free memory; halve --batch-size and double "
+        "--gradient-accumulation, or use --gradient-checkpointing",
+    )
