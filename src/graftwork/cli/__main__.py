@@ -1,0 +1,5 @@
+"""``python -m graftwork.cli`` is the command ``graft``."""
+
+from . import main
+
+main()

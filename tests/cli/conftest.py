@@ -1,0 +1,17 @@
+"""Fixtures of the command line's tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the data sets library out of the user's cache."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
