@@ -17,7 +17,7 @@ from graftwork import (
     get_peft_model,
     register_site,
 )
-from graftwork.engine.match import find, resolved
+from graftwork.engine.match import Match
 from graftwork.engine.offer import Offer
 from graftwork.engine.site import KINDS, Site
 from tiny import MODELS, Plain, build
@@ -25,9 +25,9 @@ from zoo import shake
 
 
 def sites(model: nn.Module, config: Any) -> list[str]:
-    offer = Offer(model)
-    config.target_modules = resolved(offer, config)
-    return [t.name for t in find(offer, config)]
+    match = Match(Offer(model), config)
+    config.target_modules = match.resolved()
+    return [t.name for t in match.targets()]
 
 
 FULL: dict[str, Any] = {
@@ -47,6 +47,7 @@ WRONG: list[tuple[str, Any, str, str]] = [
     ("exclude_modules", ["layers.0.self_attn.v_prj"], "v_prj", "v_proj"),
     ("exclude_modules", r".*\.v_prj", "v_prj", "v_proj"),
     ("modules_to_save", ["lm_haed"], "lm_haed", "lm_head"),
+    ("modules_to_save", ["classifier"], "classifier", "lm_head"),
     ("layers_to_transform", [0, 7], "7", "0, 1"),
     ("layers_pattern", ["layer"], "layer", "layers"),
     ("rank_pattern", {"q_porj": 2}, "q_porj", "q_proj"),

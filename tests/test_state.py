@@ -55,6 +55,8 @@ def test_names_that_cannot_be() -> None:
             call()
     with pytest.raises(StateError, match="has 3 entries for a batch of 2 rows"):
         model(input_ids=IDS, adapter_names=["a"] * 3)
+    with pytest.raises(StateError, match="has 1 entries for a batch of 2 rows"):
+        model(input_ids=IDS, adapter_names=["a"])
 
 
 def test_a_second_wrapping_is_refused() -> None:
@@ -115,6 +117,12 @@ def test_deleting_and_renaming() -> None:
     want = run(model, "llama")
     model.rename_adapter("a", "z")
     assert torch.equal(run(model, "llama"), want) and list(model.peft_config) == ["z", "b", "c"]
+    model.merge_adapter(["z", "b"])
+    model.rename_adapter("b", "y")
+    assert model.get_model_status().merged_adapters == ["y", "z"]
+    model.unmerge_adapter()
+    model.rename_adapter("y", "b")
+    assert torch.equal(run(model, "llama"), want) and model.active_adapters == ["z"]
     hosts = len(model.base_model.hosts())
     model.delete_adapter("b")
     assert len(model.base_model.hosts()) < hosts, "layers without an adapter get their place back"
@@ -199,7 +207,7 @@ def test_merge_unmerge_and_what_is_allowed_meanwhile(keep: Any) -> None:
     if keep is False:
         with pytest.raises(StateError, match="keep=False"), model.using("a"):
             run(model, "llama")
-        with pytest.raises(StateError, match="original weight is gone"):
+        with pytest.raises(StateError, match="nothing can be undone"):
             model.unmerge_adapter()
         return
     with model.using("a"):

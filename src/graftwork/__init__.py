@@ -24,8 +24,10 @@ _WHERE = {  # module -> the public names that it holds
     "engine.site": "Site register_site",
     "engine.root": "Grafted",
     "files.codec": "LoadReport",
-    "model.peft_model": "PeftModel get_peft_model",
-    "model.tasks": " ".join(["PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]),
+    "model.peft_model": "PeftModel",
+    "model.tasks": " ".join(
+        ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
+    ),
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict",

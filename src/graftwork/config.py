@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .engine.adapter import Adapter
+    from .engine.match import Match
+    from .engine.offer import Offer, Target
+    from .engine.plan import Slot
     from .engine.site import Site
 
 CONFIG_NAME = "adapter_config.json"
@@ -112,9 +115,7 @@ class PeftConfig:
 
     METHOD: ClassVar[PeftType | None] = None
     PATTERNS: ClassVar[dict[str, str]] = {}  # field with values per path -> the field it overrides
-    BEYOND: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # fields that PEFT's config lacks: written only where set
+    BEYOND: ClassVar[frozenset[str]] = frozenset()  # fields beyond PEFT's: written only where set
     TARGETS: ClassVar[dict[str, Any]] = {}  # PEFT's choice of layers per architecture
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
@@ -247,9 +248,8 @@ class PeftConfig:
             name = next(iter(asked))
             text = (
                 f"{where} sets {', '.join(f'{k}={v!r}' for k, v in asked.items())}, which "
-                f"{cls.__name__} does not have"
-                f"{did_you_mean(name, known)}. It was saved by a newer version, or by hand: "
-                "upgrade, or remove the field"
+                f"{cls.__name__} does not have{did_you_mean(name, known)}. It was saved by a newer "
+                "version, or by hand: upgrade, or remove the field"
             )
             if not POLICY.lenient:
                 raise FileError(text)
@@ -276,18 +276,24 @@ class TargetConfig(PeftConfig):
     modules_to_save: Any = None
     layers_to_transform: Any = None
     layers_pattern: Any = None
-    allow_unmatched: bool = field(
-        default=False, kw_only=True
-    )  # a pattern that matches nothing only warns
+    # whether a pattern that matches nothing is only a warning
+    allow_unmatched: bool = field(default=False, kw_only=True)
 
     BEYOND = frozenset({"allow_unmatched"})
-    SUBSETS: ClassVar[
-        tuple[str, ...]
-    ] = ()  # fields whose entries each mean some of the adapted layers
+    SUBSETS: ClassVar[tuple[str, ...]] = ()  # fields whose entries mean some of the adapted layers
     EMBEDDINGS: ClassVar[bool] = False  # without target_modules, the input embedding is meant
 
-    def prepare(self, offer: Any) -> None:
-        """Spell out what the config means in this model (an ``engine.offer.Offer``)."""
+    def prepare(self, offer: Offer) -> None:
+        """Spell out what the config means in this model."""
+        from .methods.companions import prepare
+
+        prepare(self, offer)
+
+    def companions(self, match: Match, targets: list[Target]) -> Iterable[Slot]:
+        """What is to be built beside the method's own adapters at ``targets``."""
+        from .methods.companions import companions
+
+        return companions(match, targets)
 
     def settle(self, model_type: str, paths: Sequence[str]) -> None:
         """Fill in what depends on the architecture, once the adapted layers are known."""
@@ -312,8 +318,7 @@ class TargetConfig(PeftConfig):
         ):
             raise ValueError(
                 "target_modules is a regex, which can name the blocks itself; remove "
-                "layers_to_transform and "
-                "layers_pattern, or give target_modules as a list"
+                "layers_to_transform and layers_pattern, or give target_modules as a list"
             )
 
 
@@ -329,6 +334,19 @@ def check_rank(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
     if value <= 0:
         raise ValueError(f"{name} must be at least 1, not {value}; try {name}=8")
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        near = did_you_mean(str(value), choices)
+        raise ValueError(f"{name}={value!r} is not known{near}; it is one of {list(choices)}")
+
+
+def check_probability(value: Any, name: str) -> None:
+    """Refuse what is no probability below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} is a probability below 1, not {value!r}")
 
 
 def _member(enum: type[Any], value: Any, name: str) -> Any:

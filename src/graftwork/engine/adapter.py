@@ -44,8 +44,9 @@ class Adapter(nn.Module):
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
 
-    def __init__(self, config: Any, site: Site) -> None:
+    def __init__(self, config: Any = None, site: Site | None = None) -> None:
         super().__init__()
+        self.seen: dict[str, Tensor] = {}  # what a schedule remembers from step to step
 
     def start(self, site: Site) -> None:
         """Fill the tensors with the values that training starts from; not called on loading."""
@@ -69,6 +70,10 @@ class Adapter(nn.Module):
         """The output of a layer that uses the adapted weight transposed: a tied weight's end."""
         w, b = layer.weights()
         return layer.site.apply(x, self.fold(w.mT, None)[0].mT, b)
+
+    def instead(self) -> nn.Module | None:
+        """A module that runs in the layer's place, where this part has one."""
+        return None
 
     def precise(self) -> Adapter:
         """This adapter with at least fp32 tensors, for merging."""
@@ -110,11 +115,16 @@ class Adapter(nn.Module):
                 mine.copy_(tensors[key] * self.times if name == self.linear else tensors[key])
 
     def training_state(self) -> dict[str, Tensor]:
-        """What a resumed training needs beyond the file; empty for most methods."""
-        return {}
+        """What a schedule needs to be resumed beyond the file, such as its statistics."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers()), **self.seen}
 
     def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what ``training_state`` gave."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, mine in own.items():
+            mine.copy_(tensors[name])
+        device = next(self.parameters()).device
+        self.seen = {n: t.to(device).clone() for n, t in tensors.items() if n not in own}
 
 
 class Additive(Adapter):
@@ -141,11 +151,15 @@ class Additive(Adapter):
 class LowRank(Additive):
     """delta = B A with A (..., r, in) and B (..., out, r): many methods are only ``factors``."""
 
+    r: int
     dropout: nn.Module = nn.Identity()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
         raise NotImplementedError
+
+    def rank(self) -> int:
+        return self.r
 
     def delta(self) -> Tensor:
         a, b = self.factors()

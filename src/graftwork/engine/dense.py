@@ -26,19 +26,8 @@ def dense(weight: Tensor, where: str = "") -> Tensor:
     if not weight.is_floating_point():
         raise TypeError(
             f"{where or 'a layer'} holds a packed weight ({type(weight).__name__}, "
-            f"{weight.dtype}), which only methods "
-            "that leave the weight alone can adapt (LoRA without DoRA); to merge, or for methods "
-            "that read the weight, "
-            f"register a reader: graftwork.engine.dense.DENSE[{type(weight).__name__!r}] = lambda "
-            "w: ..."
+            f"{weight.dtype}), which only methods that leave the weight alone can adapt (LoRA "
+            "without DoRA); to merge, or for methods that read the weight, register a reader: "
+            f"graftwork.engine.dense.DENSE[{type(weight).__name__!r}] = lambda w: ..."
         )
     return weight
-
-
-def logical_numel(weight: Tensor) -> int:
-    """How many numbers a parameter stands for; 4-bit weights hold two a byte."""
-    count = weight.numel() or getattr(weight, "ds_numel", 0)
-    if type(weight).__name__ == "Params4bit":
-        storage = getattr(weight, "quant_storage", None)
-        return int(count) * 2 * (storage.itemsize if storage is not None else 1)
-    return int(count)

@@ -25,13 +25,7 @@ NAMES: dict[str, Callable[[Host], Any]] = {}
 
 
 class Host(nn.Module):
-    """Base of both hosts.
-
-    Args:
-        layer: the user's module; it stays the same object.
-        switch: the model's one switch.
-        path: the layer's name in the user's model.
-    """
+    """Base of both hosts: around the user's ``layer``, which was at ``path`` in the model."""
 
     adapters: nn.ModuleDict  # adapter name -> ModuleDict of its parts here
     switch: Switch
@@ -57,13 +51,16 @@ class Host(nn.Module):
         names = self.present(active)
         if names == self.merged_adapters:
             return self.as_it_is(*args, **kwargs)
+        self.need_originals()
+        return self.run(names, args, kwargs)
+
+    def need_originals(self) -> None:
+        """Stop where other adapters than the merged ones are asked for and the base is gone."""
         if not self.kept:
             raise StateError(
-                f"{self.path} was merged with keep=False, so only {list(self.merged_adapters)} "
-                "can run; "
-                "load the base model again for other adapters"
+                f"{self.path} was merged with keep=False, so only {list(self.merged_adapters)} can "
+                "run and nothing can be undone; load the base model again for other adapters"
             )
-        return self.run(names, args, kwargs)
 
     def as_it_is(self, *args: Any, **kwargs: Any) -> Any:
         """The layer with the weights that it has now."""
@@ -71,8 +68,8 @@ class Host(nn.Module):
 
     def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each row with its own adapter; the rows of one adapter run together."""
-        n = mixed.count(args, kwargs)
-        if n is None:
+        n = next((len(t) for t in mixed.tensors_in((args, kwargs)) if t.ndim), 0)
+        if not n:
             raise StateError(
                 f"{self.path} received no tensor, so adapter_names cannot be applied to its rows"
             )
@@ -120,15 +117,11 @@ class Host(nn.Module):
 
     def hidden(self, names: tuple[str, ...]) -> str | None:
         """Which of these adapters has no effect here, in words; None where all have one."""
-        seen: list[tuple[str, Adapter]] = []
-        for name in self.present(names):
-            for _, part in self.parts_of(name):
-                lost = [low for low, other in seen if low != name and part.hides(other)]
-                if lost:
-                    return (
-                        f"{name!r} puts its values in place of those of {lost[0]!r} at {self.path}"
-                    )
-            seen += [(name, part) for _, part in self.parts_of(name)]
+        parts = [(name, part) for name in names for _, part in self.parts_of(name)]
+        for i, (name, part) in enumerate(parts):
+            for low, other in parts[:i]:
+                if low != name and part.hides(other):
+                    return f"{name!r} puts its values in place of those of {low!r} at {self.path}"
         return None
 
     def need_site(self, key: str) -> Site:
@@ -165,25 +158,18 @@ class Host(nn.Module):
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
-        if not names:
-            return new
         with no_autocast(self.base_layer):
-            for key, value in self.folded(names):
+            for key, value in self.folded(names) if names else ():
                 old = self.pristine(key)
-                value = value.to(old.dtype)
+                value = value.to(old.dtype).contiguous().clone()
                 if not value.is_meta and not torch.isfinite(value).all():
                     raise MergeError(
                         f"merging {list(names)} would make {self.path}.{key} not finite in "
-                        f"{old.dtype}; nothing was "
-                        "changed. Look at model.adapters() for an update that is far larger than "
-                        "the weight"
+                        f"{old.dtype}; nothing was changed. Look at model.adapters() for an update "
+                        "that is far larger than the weight"
                     )
-                value = value.contiguous().clone()
-                new[key] = (
-                    nn.Parameter(value, requires_grad=False)
-                    if isinstance(old, nn.Parameter)
-                    else value
-                )
+                parameter = isinstance(old, nn.Parameter)
+                new[key] = nn.Parameter(value, requires_grad=False) if parameter else value
         return new
 
     def commit(self, names: tuple[str, ...], new: dict[str, Tensor], keep: bool | str) -> None:
@@ -202,17 +188,11 @@ class Host(nn.Module):
 
     def restore(self) -> None:
         """Undo every merge, bit for bit."""
-        if self.merged_adapters and not self.kept:
-            raise StateError(
-                f"{self.path} was merged with keep=False: the original weight is gone; load the "
-                "base again"
-            )
+        self.need_originals()
         for key, original in self.originals.items():
             owner, leaf = owner_of(self.base_layer, key)
-            now = getattr(owner, leaf)
-            if (
-                original.device != now.device or original.dtype != now.dtype
-            ):  # the model was moved meanwhile
+            now = getattr(owner, leaf)  # the model may have been moved meanwhile
+            if original.device != now.device or original.dtype != now.dtype:
                 original.data = original.data.to(now.device, now.dtype)
             setattr(owner, leaf, original)
         self.originals, self.merged_adapters = {}, ()
@@ -317,23 +297,17 @@ class LayerHost(Host):
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x, *rest = args if args else (kwargs.pop("input"),)
-        device = x.device.type
-        free = torch.is_autocast_enabled(device)
+        free = torch.is_autocast_enabled(x.device.type)
         if isinstance(self.site, Embedding) or not x.is_floating_point():
             out = self.site.raw.dtype if self.site.raw.is_floating_point() else None
         else:
-            out = torch.get_autocast_dtype(device) if free else x.dtype
+            out = torch.get_autocast_dtype(x.device.type) if free else x.dtype
+        within = None if free else x.dtype if x.is_floating_point() else out
 
         def call(x: Tensor) -> Tensor:
             return self.base(x, *rest, **kwargs)
 
-        return Beneath(
-            self,
-            self.parts(names),
-            call,
-            None if free else (x.dtype if x.is_floating_point() else out),
-            out,
-        )(x)
+        return Beneath(self, self.parts(names), call, within, out)(x)
 
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The untouched layer."""
@@ -348,9 +322,7 @@ class LayerHost(Host):
         if self.site.linear:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         weight = self.site.to_matrix(self.base_layer.weight)  # type: ignore[arg-type]
-        return self.site.apply(
-            x, weight
-        )  # torch itself would write renormalised rows into the table
+        return self.site.apply(x, weight)  # torch would write renormalised rows into the table
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         parts = [part.precise() for part in self.parts(names)]

@@ -16,11 +16,11 @@ from .adapter import Adapter
 from .host import Host, LayerHost, no_autocast
 from .module import ModuleHost
 from .offer import Offer
-from .parts import Copy, Tied
 from .plan import Key, Slot, plan
 from .schedule import Schedule
 from .site import kind_of
 from .switch import BASE, Switch
+from .ties import Tied
 from .tree import hosts, inside, parameters, put, walk
 
 Built = dict[Key, tuple[Host, Adapter]]
@@ -126,9 +126,8 @@ def _make(slot: Slot, host: Host, *, start: bool, autocast: bool) -> Adapter:
         dtype = torch.promote_types(dtype, torch.float32)
     with _fresh(weight.device), torch.no_grad(), no_autocast(host.base_layer):
         part = slot.build(host)
-        if isinstance(part, Copy):
+        if (site := host.site_of(slot.key)) is None or part.instead() is not None:
             return part
-        site = host.need_site(slot.key)
         part.derive(site)
         if start:
             part.start(site)
@@ -188,15 +187,14 @@ def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None
 
 
 def _warn_of_high_rank(built: Built) -> None:
-    high = []
-    for (path, key), (host, part) in built.items():
-        site = host.site_of(key)
-        if site is not None and (part.rank() or 0) > min(site.shape):
-            high.append(f"r={part.rank()} at {path} {site.describe()}")
+    high = [
+        f"r={part.rank()} at {path} {site.describe()}"
+        for (path, key), (host, part) in built.items()
+        if (site := host.site_of(key)) and (part.rank() or 0) > min(site.shape)
+    ]
     if high:
         more = f" and {len(high) - 1} more" if len(high) > 1 else ""
         warn(
             "a rank above the smaller side of a layer adds parameters and nothing else: "
-            f"{high[0]}{more}; "
-            "use rank_pattern"
+            f"{high[0]}{more}; use rank_pattern"
         )

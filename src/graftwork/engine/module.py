@@ -13,10 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import StateError
 from .adapter import Adapter
 from .host import Host, cast, no_autocast
-from .parts import Copy
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter
@@ -37,31 +35,28 @@ class ModuleHost(Host):
             else None
         )
 
-    def replacement(self, names: tuple[str, ...]) -> tuple[Copy | None, list[tuple[str, Adapter]]]:
-        """The copy that runs instead of the module, if any, and the parts above it."""
-        chosen: Copy | None = None
+    def stack(self, names: tuple[str, ...]) -> tuple[nn.Module | None, list[tuple[str, Adapter]]]:
+        """The module that runs instead of the user's, if any, and the parts above it."""
+        chosen: nn.Module | None = None
         above: list[tuple[str, Adapter]] = []
         for name in names:
             for key, part in self.parts_of(name):
-                if isinstance(part, Copy):
-                    chosen, above = part, []
+                if (module := part.instead()) is not None:
+                    chosen, above = module, []
                 else:
                     above.append((key, part))
         return chosen, above
 
     def values(
-        self, copy: Copy | None, above: list[tuple[str, Adapter]], keep_dtype: bool
+        self, copy: nn.Module | None, above: list[tuple[str, Adapter]], keep_dtype: bool
     ) -> dict[str, Tensor]:
         """The parameters after folding, by name."""
         new: dict[str, Tensor] = {}
         for key, part in above:
-            site = self.site_of(key)
-            assert site is not None
+            site = self.need_site(key)
             name = site.parameter
-            if name in new:
-                stored = new[name]
-            else:
-                stored = copy.module.get_parameter(name) if copy is not None else site.raw
+            stored = site.raw if copy is None else copy.get_parameter(name)
+            stored = new.get(name, stored)
             part = part if keep_dtype else part.precise()
             w, _ = part.fold(cast(site.to_matrix(stored), part.dtype), None)
             w = site.from_matrix(w)
@@ -69,26 +64,16 @@ class ModuleHost(Host):
         return new
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        copy, above = self.replacement(names)
+        copy, above = self.stack(names)
         with no_autocast(self.base_layer):
             new = self.values(copy, above, keep_dtype=True)
-        module = self.base_layer if copy is None else copy.module
+        module = self.base_layer if copy is None else copy
         if copy is None:
             new = {**self.originals, **new}
         return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
 
-    def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(self.base_layer, nn.MultiheadAttention) and not self.base_layer.batch_first:
-            raise StateError(
-                f"{self.path} takes the sequence first, so adapter_names cannot be applied to its "
-                "rows; "
-                "build it with batch_first=True"
-            )
-        return super().mixed(rows, args, kwargs)
-
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        copy, above = self.replacement(names)
-        new = self.values(copy, above, keep_dtype=False)
+        copy, above = self.stack(names)
         if copy is not None:
-            new = {**copy.values(), **new}
-        yield from new.items()
+            yield from [*copy.named_parameters(), *copy.named_buffers()]
+        yield from self.values(copy, above, keep_dtype=False).items()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from ..errors import TargetError
 from .site import Standing, kind_of
-from .tree import inside, walk
+from .tree import inside, mark, parameters, walk
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,22 @@ class Offer:
         self.by_leaf: dict[str, list[str]] = {}
         for path in self.modules:
             self.by_leaf.setdefault(leaf(path), []).append(path)
+        self.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+
+    @cached_property
+    def ends(self) -> dict[str, list[str]]:
+        """Path of a layer with a tied weight -> the paths of the others that have it."""
+        groups: dict[Any, list[str]] = {}
+        for name, p in parameters(self.model):
+            path, _, own = name.rpartition(".")
+            if own == "weight" and path:
+                groups.setdefault(mark(p), []).append(path)
+        layers = self.modules
+        return {
+            path: [p for p in group if layers[p] is not layers[path]]
+            for group in groups.values()
+            for path in group
+        }
 
     def ending_with(self, entry: str) -> list[str]:
         """The paths that are ``entry`` or end with it behind a dot."""
@@ -58,6 +76,21 @@ class Offer:
         ):  # it reads its child's weight and never calls it
             return [Target(parent_path, parent, f"{name}.weight")]
         return [Target(path, module)]
+
+    def parameters(self) -> dict[str, Target]:
+        """Every single parameter by its full name, as a place for an adapter."""
+        found = {}
+        for path, module in self.modules.items():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    own = name == "weight" and kind_of(module) is not None
+                    found[f"{path}.{name}"] = Target(path, module, None if own else name)
+        return found
+
+    def short(self, paths: list[str]) -> set[str]:
+        """Names that choose these layers and no others: last names where those suffice."""
+        same = {n: [p for p in at if self.adaptable(p)] for n, at in self.by_leaf.items()}
+        return {leaf(p) if set(same[leaf(p)]) <= set(paths) else p for p in paths}
 
     def adaptable(self, path: str) -> bool:
         """Whether an adapter can sit there."""
@@ -89,9 +122,8 @@ class Offer:
                 rows[f"{leaf(path)} x{{}} {kind(Standing(module)).describe()}"] += 1
             elif isinstance(module, nn.MultiheadAttention):
                 rows[f"{leaf(path)} x{{}} MultiheadAttention({module.embed_dim})"] += 1
-        for path, module in self.modules.items():
-            for name, p in module._parameters.items():
-                if p is not None and p.ndim > 2 and kind_of(module) is None:
+            for name, p in module._parameters.items() if kind is None else ():
+                if p is not None and p.ndim > 2:
                     size = ", ".join(map(str, p.shape))
                     rows[f"{leaf(path)}.{name} x{{}} parameter({size})"] += 1
         lines = ["  " + row.format(n) for row, n in rows.items()]

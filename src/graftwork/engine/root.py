@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ from ..errors import StateError, TrainingError, warn
 from . import inject as injection
 from . import ties
 from .host import Host
-from .rows import count
+from .rows import tensors_in
 from .schedule import add_to_loss
-from .switch import BASE, Switch, tensors_in
+from .switch import BASE, Switch
 from .tree import hosts, parameters, put, walk
 
 
@@ -53,13 +53,15 @@ class Grafted(nn.Module):
     def active_adapters(self) -> list[str]:
         return list(self.switch.active)
 
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.active_adapters
+    active_adapter = active_adapters
 
     def hosts(self) -> dict[str, Host]:
         """The hosts by original path."""
         return hosts(self.model)
+
+    def merged(self) -> set[str]:
+        """The adapters that are merged into some layer."""
+        return {name for host in self.hosts().values() for name in host.merged_adapters}
 
     # -- calling
 
@@ -67,7 +69,7 @@ class Grafted(nn.Module):
         """The model's forward; ``adapter_names``: one for each row, ``"__base__"`` for none."""
         switch = self.switch
         if adapter_names is not None:
-            with switch.call(switch.active, self.rows(adapter_names, args, kwargs)):
+            with switch.call(switch.active, self.rows(adapter_names, (args, kwargs))):
                 return self._forward(switch, args, kwargs)
         return self._forward(switch, args, kwargs)
 
@@ -91,36 +93,30 @@ class Grafted(nn.Module):
         floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
         if not floats or any(t.requires_grad for t in floats):
             return
-        names = switch.current().active
-        if any(
-            p.requires_grad
-            for h in self.hosts().values()
-            for n in h.present(names)
-            for p in h.adapters[n].parameters()
-        ):
+        parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
+        if any(tensor.requires_grad for part in parts for tensor in part.parameters()):
             raise TrainingError(
                 "no gradient reaches the adapters: the outputs do not depend on any trainable "
-                "tensor. With reentrant "
-                "gradient checkpointing, call model.enable_input_require_grads() or pass "
+                "tensor. With reentrant gradient checkpointing, call "
+                "model.enable_input_require_grads() or pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise look for '
                 "torch.no_grad() in the model"
             )
 
-    def rows(self, names: Sequence[str], args: Any = (), kwargs: Any = None) -> tuple[str, ...]:
+    def rows(self, names: Sequence[str], inputs: Any = ()) -> tuple[str, ...]:
         """``names`` checked against the adapters and the batch."""
         rows = tuple(names)
         self.switch.check(tuple(n for n in rows if n != BASE))
-        n = count(args, kwargs or {})
-        if n is not None and (not rows or n % len(rows)):
+        lengths = [len(tensor) for tensor in tensors_in(inputs) if tensor.ndim]
+        if not rows or (lengths and len(rows) not in lengths):
             raise StateError(
-                f"adapter_names has {len(rows)} entries for a batch of {n} rows; give one name "
-                "for each row"
+                f"adapter_names has {len(rows)} entries for a batch of {next(iter(lengths), 0)} "
+                "rows; give one name for each row"
             )
         if any(getattr(m, "batch_first", True) is False for m in self.model.modules()):
             raise StateError(
                 "this model takes the sequence first (batch_first=False), so adapter_names cannot "
-                "be applied "
-                "to its rows; run one adapter at a time"
+                "be applied to its rows; run one adapter at a time"
             )
         return rows
 
@@ -152,8 +148,7 @@ class Grafted(nn.Module):
         if not isinstance(peft_config, TargetConfig):
             raise TypeError(
                 f"a {type(peft_config).__name__} does not say which layers to adapt; give a "
-                "method's own config, "
-                "such as LoraConfig(r=8)"
+                "method's own config, such as LoraConfig(r=8)"
             )
         injection.inject(
             self.model, peft_config, adapter_name, self.switch, meta=low_cpu_mem_usage, **options
@@ -207,16 +202,21 @@ class Grafted(nn.Module):
         switch = self.switch
         switch.check((old,))
         injection.check_name(new, switch.configs)
+
+        def named(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(new if n == old else n for n in names)
+
+        tables: list[Any] = [switch.configs, switch.schedules]
         for host in self.hosts().values():
-            kept = {new if n == old else n: m for n, m in host.adapters.items()}
-            host.adapters.clear()
-            host.adapters.update(kept)
-            host.merged_adapters = tuple(new if n == old else n for n in host.merged_adapters)
-        tables: tuple[dict[str, Any], ...] = (switch.configs, switch.schedules)
+            tables.append(host.adapters)
+            host.merged_adapters = named(host.merged_adapters)
         for table in tables:  # in place, and in the same order
-            for n in list(table):
-                table[new if n == old else n] = table.pop(n)
-        switch.activate(tuple(new if n == old else n for n in switch.active))
+            values = list(table.values())
+            kept = dict(zip(named(table), values, strict=True))
+            table.clear()
+            table.update(kept)
+        switch.merged, switch.before_merge = named(switch.merged), named(switch.before_merge)
+        switch.activate(named(switch.active))
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's manual call of AdaLoRA's schedule; not needed: the optimizer's step drives it."""
@@ -244,12 +244,8 @@ class Grafted(nn.Module):
         wanted = switch.check(tuple(adapter_names) if adapter_names else switch.active)
         new = tuple(n for n in wanted if n not in switch.merged)
         if not new:
-            warn(
-                f"{list(wanted)} are merged already; nothing to do"
-                if wanted
-                else "no adapter is active; nothing to merge"
-            )
-            return
+            why = f"{list(wanted)} are merged already" if wanted else "no adapter is active"
+            return warn(f"{why}; nothing to merge")
         names = switch.merged + new
         if keep:
             prepared = [(host, host.prepare(names)) for host in every]
@@ -266,9 +262,8 @@ class Grafted(nn.Module):
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
         switch, every = self.switch, self.hosts().values()
-        if not any(host.merged_adapters for host in every):
-            warn("no adapter is merged; nothing to undo")
-            return
+        if not self.merged():
+            return warn("no adapter is merged; nothing to undo")
         for host in every:
             host.restore()
         ties.restore(self.model, switch)
@@ -283,15 +278,13 @@ class Grafted(nn.Module):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Write adapters into the weights for good, and give back the plain model."""
-        if adapter_names or self.switch.active:
-            merged = {n for host in self.hosts().values() for n in host.merged_adapters}
-            if not merged.issuperset(adapter_names or self.switch.active):
-                self.merge_adapter(adapter_names, keep=False)
+        if not self.merged().issuperset(adapter_names or self.switch.active):
+            self.merge_adapter(adapter_names, keep=False)
         return self._bare()
 
     def unload(self) -> nn.Module:
         """Give back the user's own model: its objects, its classes, its hooks and its bits."""
-        if any(host.merged_adapters for host in self.hosts().values()):
+        if self.merged():
             self.unmerge_adapter()
         return self._bare()
 

@@ -9,7 +9,7 @@ optimizer's step was seen, training stops with an error instead of going on with
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,21 +31,14 @@ _HOOKED: list[Any] = []
 
 
 class Schedule:
-    """The adapters of one name that follow the optimizer, and how far they are.
-
-    Args:
-        config: the adapter's config; its ``penalty`` and ``after_step`` are called.
-        adapters: the adapters by path.
-    """
+    """The adapters of one name, by path, that follow the optimizer, and how far they are."""
 
     def __init__(self, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
         self.config, self.adapters = config, adapters
         self.step = 0
         self.delivered = False  # the penalty's gradient has come with the loss since the last step
         self.version: int | None = None
-        self.unseen = (
-            0  # forwards in a row before which the tensors had changed and no step was seen
-        )
+        self.unseen = 0  # forwards in a row before which tensors changed and no step was seen
         self.watch()
 
     def watch(self) -> None:
@@ -59,12 +52,10 @@ class Schedule:
         self.__dict__.update(state)
         self.watch()
 
-    def tensors(self) -> Iterator[Tensor]:
-        for adapter in self.adapters.values():
-            yield from (p for p in adapter.parameters() if p.requires_grad)
-
     def first(self) -> Tensor | None:
-        return next(self.tensors(), None)
+        """A tensor that trains, by which the others are watched."""
+        every = (p for adapter in self.adapters.values() for p in adapter.parameters())
+        return next((p for p in every if p.requires_grad), None)
 
     def penalty(self) -> Tensor | None:
         """The term of the loss, noted as delivered when its gradient is computed."""
@@ -95,10 +86,9 @@ class Schedule:
         if self.unseen > 1:
             raise TrainingError(
                 f"{type(self.config).__name__} follows the optimizer's steps, but the adapter "
-                "changes and no step of a torch "
-                "optimizer that holds its parameters was seen, so its schedule stands still. "
-                "Train it with a "
-                "torch.optim.Optimizer built from model.parameters()"
+                "changes and no step of a torch optimizer that holds its parameters was seen, so "
+                "its schedule stands still. Train it with a torch.optim.Optimizer built from "
+                "model.parameters()"
             )
 
     def before_step(self) -> None:
@@ -137,13 +127,9 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
 
 def add_to_loss(outputs: Any, terms: list[Tensor]) -> Any:
     """A model's outputs with ``terms`` added to their loss, where they have one."""
-    if not terms:
-        return outputs
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if isinstance(loss, Tensor):
+    named = isinstance(outputs, Mapping)
+    loss = outputs.get("loss") if named else getattr(outputs, "loss", None)
+    if terms and isinstance(loss, Tensor):
         total = loss + sum(term.to(loss.dtype) for term in terms)
-        if isinstance(outputs, Mapping):
-            outputs["loss"] = total  # type: ignore[index]
-        else:
-            outputs.loss = total
+        outputs.__setitem__("loss", total) if named else setattr(outputs, "loss", total)
     return outputs

@@ -12,7 +12,7 @@ A site never keeps the layer: it asks its host, since tools may exchange ``base_
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,10 @@ from torch import Tensor, nn
 
 from .dense import dense
 
+if TYPE_CHECKING:
+    from .host import Host
+
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-class Owner(Protocol):
-    """What a site asks: a host, or a stand-in for one."""
-
-    base_layer: nn.Module
-    path: str
-
-    def pristine(self, name: str) -> Tensor:
-        """A parameter of the layer as it was before any merging."""
 
 
 class Standing:
@@ -52,7 +45,7 @@ class Site:
     lead: tuple[int, ...] = ()  # axes in front of (out, in)
     ones: tuple[int, ...] = ()  # a one for each axis of a kernel
 
-    def __init__(self, host: Owner) -> None:
+    def __init__(self, host: Host | Standing) -> None:
         self.host = host
         out, in_ = self.measure()
         self.shape = (out, in_)
@@ -270,7 +263,7 @@ class ParameterSite(Site):
 
     pointwise = False
 
-    def __init__(self, host: Owner, parameter: str) -> None:
+    def __init__(self, host: Host | Standing, parameter: str) -> None:
         self.parameter = parameter
         super().__init__(host)
         self.lead = tuple(self.raw.shape[:-2])

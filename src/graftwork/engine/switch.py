@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import StateError, did_you_mean
+from .rows import tensors_in
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -42,9 +42,7 @@ class Call:
     switch: Switch
     active: tuple[str, ...]
     rows: tuple[str, ...] | None = None  # one adapter name a row of a mixed batch
-    context: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # values for routed methods: task ids, gates, offsets
+    context: Mapping[str, Any] = field(default_factory=dict)  # for routed methods: task ids, gates
 
 
 class Switch:
@@ -119,15 +117,3 @@ class Switch:
 
 def _forget() -> None:
     _CALLS.replay = None
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output: a tensor, or nested tuples, lists and mappings of them."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from tensors_in(value)

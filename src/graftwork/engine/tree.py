@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,40 +56,13 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 def parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The user's own parameters by original name, as they were before any merging."""
     for path, module in walk(model):
-        layer = inside(module)
-        for name, parameter in layer._parameters.items():
+        originals = module.originals if isinstance(module, Host) else {}
+        for name, parameter in inside(module)._parameters.items():
             if parameter is not None:
-                held = (
-                    module.originals.get(name, parameter) if isinstance(module, Host) else parameter
-                )
-                yield f"{path}.{name}" if path else name, held
+                yield f"{path}.{name}" if path else name, originals.get(name, parameter)
 
 
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two parameters are one, by identity or by storage."""
-    if a is b:
-        return True
-    if a.is_meta or b.is_meta or a.shape != b.shape or a.device != b.device:
-        return False
-    return a.data_ptr() == b.data_ptr() != 0
-
-
-def tied_ends(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """The other modules whose ``weight`` is the same tensor as that of the module at ``path``."""
-    modules = dict(walk(model))
-    here = inside(modules[path])
-    mine = _weight(modules[path])
-    ends = []
-    for other, module in modules.items():
-        if inside(module) is not here and mine is not None:
-            theirs = _weight(module)
-            if theirs is not None and same_storage(mine, theirs):
-                ends.append((other, inside(module)))
-    return ends
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    layer = inside(module)
-    if "weight" not in layer._parameters:
-        return None
-    return module.pristine("weight") if isinstance(module, Host) else layer._parameters["weight"]
+def mark(tensor: Tensor) -> Any:
+    """The same value for two references to the same numbers, by identity or by storage."""
+    address = 0 if tensor.is_meta else tensor.data_ptr()
+    return (address, tensor.device, tensor.shape) if address else id(tensor)

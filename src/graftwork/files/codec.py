@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
 from ..engine.host import Host
-from ..engine.parts import Copy
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
 
@@ -224,7 +223,7 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
 
 def _double(plain: str, parts: list[Owned]) -> bool:
     """PEFT with bias='all' writes the biases of a saved module two times more."""
-    fronts = {o.front for o in parts if isinstance(o.part, Copy)}
+    fronts = {o.front for o in parts if o.part.instead() is not None}
     return any(
         plain.startswith(f + inner)
         for f in fronts

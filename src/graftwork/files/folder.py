@@ -66,9 +66,8 @@ def write(
         if kept:
             _replace(folder / kept, state)
         _replace(folder / waiting, text)
-        _replace(
-            folder / WEIGHTS, to_bytes(_apart(tensors), header)
-        )  # from here on the folder holds the new adapter
+        _replace(folder / WEIGHTS, to_bytes(_apart(tensors), header))
+        # from here on the folder holds the new adapter
         os.replace(folder / waiting, folder / CONFIG_NAME)
         _sync_folder(folder)
         for old in [
@@ -134,8 +133,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise FileError(
             f"the adapter could not be saved in {folder}: {error}. What was there before is "
-            "intact; "
-            "choose another folder or make room"
+            "intact; choose another folder or make room"
         ) from error
 
 
@@ -215,9 +213,7 @@ def read_tensors(
     if not (allow_pickle or POLICY.lenient):
         raise FileError(
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
-            "it, pass "
-            "allow_pickle=True, and save it again to have it as "
-            "safetensors"
+            "it, pass allow_pickle=True, and save it again to have it as safetensors"
         )
     loaded: dict[str, Tensor] = torch.load(pickled, map_location=device or "cpu", weights_only=True)
     return loaded
@@ -232,8 +228,7 @@ def read_training(source: Source) -> dict[str, Tensor]:
     if path is None:
         raise FileError(
             f"{source} was saved with {name}, which is not there any more, so its training cannot "
-            "be resumed; "
-            "load it with is_trainable=False, or restore the file"
+            "be resumed; load it with is_trainable=False, or restore the file"
         )
     with _opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}

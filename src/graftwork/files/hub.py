@@ -50,8 +50,7 @@ class Source:
         if self.folder is None and _looks_local(self.where):
             raise FileError(
                 f"there is no folder {self.where}; give the folder that save_pretrained wrote, or "
-                "a hub id such "
-                "as 'user/adapter'"
+                "a hub id such as 'user/adapter'"
             )
 
     def __str__(self) -> str:

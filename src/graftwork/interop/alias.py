@@ -31,12 +31,10 @@ def become_peft() -> ModuleType:
         return found
     if found is not None:
         raise GraftworkError(
-            f"the real peft has been imported already, from {getattr(found, '__file__', '?')}, "
-            "and classes of "
-            "it may be in use. Call graftwork.as_peft() before the first import of peft, "
-            "transformers.trainer "
-            "or accelerate, at the top of the program, or run it with: python -m "
-            "graftwork.as_peft program.py"
+            f"the real peft has been imported already, from {getattr(found, '__file__', '?')}, and "
+            "classes of it may be in use. Call graftwork.as_peft() before the first import of "
+            "peft, transformers.trainer or accelerate, at the top of the program, or run it with: "
+            "python -m graftwork.as_peft program.py"
         )
     sys.meta_path.insert(0, _Finder())
     POLICY.lenient = True
@@ -61,8 +59,7 @@ class Alias(ModuleType):
             raise AttributeError(name)
         raise AttributeError(
             f"graftwork, which stands in for peft here, has no {self.__name__}.{name}; this "
-            "program needs "
-            "the real peft for it"
+            "program needs the real peft for it"
         )
 
     def __dir__(self) -> Iterable[str]:
@@ -80,8 +77,7 @@ class _Finder(DistributionFinder):
         if fullname not in MODULES:
             raise ModuleNotFoundError(
                 f"graftwork, which stands in for peft here, has no module {fullname}; this "
-                "program needs the "
-                "real peft for it",
+                "program needs the real peft for it",
                 name=fullname,
             )
         return importlib.machinery.ModuleSpec(fullname, _Loader(), is_package=True)
@@ -120,7 +116,9 @@ def shown_version() -> str:
     uses stay the same.
     """
     table: Any = sys.modules.get("transformers.dependency_versions_table")
-    asked = re.findall(r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", ""))
+    asked: list[str] = re.findall(
+        r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", "")
+    )
     return max(FORMAT_VERSION, *asked, key=lambda v: tuple(map(int, v.split("."))))
 
 

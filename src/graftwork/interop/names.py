@@ -19,8 +19,10 @@ _OFFERS = {
     "methods.adalora": "AdaLoraConfig SVDLinear=AdaLoRA",
     "methods.ia3": "IA3Config",
     "methods.tokens": "TrainableTokensConfig",
-    "model.peft_model": "PeftModel get_peft_model",
-    "model.tasks": " ".join(["PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)])
+    "model.peft_model": "PeftModel",
+    "model.tasks": " ".join(
+        ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
+    )
     + " MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASK_CLASSES",
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.report": "TunerLayerStatus TunerModelStatus",
@@ -31,14 +33,13 @@ _OFFERS = {
     "engine.host": "BaseTunerLayer=Host AdaLoraLayer=Host IA3Layer=Host "
     "TrainableTokensLayer=Host Linear=Host",
     "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
-    "INCLUDE_LINEAR_LAYERS_SHORTHAND "
-    "ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
-    "PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig SAFETENSORS_WEIGHTS_NAME "
-    "TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME build_peft_weight_mapping "
-    "cast_mixed_precision_params check_if_peft_model check_target_module_exists "
-    "fsdp_auto_wrap_policy get_layer_status get_model_status get_peft_config infer_device "
-    "is_bnb_4bit_available is_bnb_available prepare_model_for_kbit_training "
-    "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING "
+    "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig "
+    "SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME "
+    "build_peft_weight_mapping cast_mixed_precision_params check_if_peft_model "
+    "check_target_module_exists fsdp_auto_wrap_policy get_layer_status get_model_status "
+    "get_peft_config infer_device is_bnb_4bit_available is_bnb_available "
+    "prepare_model_for_kbit_training TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING "
     "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",

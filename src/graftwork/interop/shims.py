@@ -11,10 +11,10 @@ from torch import nn
 
 from ..config import PeftConfig, PeftType, TargetConfig, pattern_matches
 from ..engine.host import Host
-from ..engine.parts import Copy
 from ..engine.root import Grafted
 from ..methods.lora import LoRA
 from ..methods.tokens import Tokens
+from ..methods.whole import Copy
 from ..model import report
 from ..model.peft_model import PeftModel
 from ..table import METHODS

@@ -37,9 +37,8 @@ def _teach(module: ModuleType) -> None:
     for name, ours in (("PeftModel", PeftModel), ("PeftMixedModel", PeftMixedModel)):
         theirs = module.__dict__.get(name, ())
         if ours is not theirs and not (isinstance(theirs, tuple) and ours in theirs):
-            setattr(
-                module, name, (theirs, ours) if theirs else ours
-            )  # isinstance takes nested tuples
+            both = (theirs, ours) if theirs else ours  # isinstance takes nested tuples
+            setattr(module, name, both)
     module.__dict__["is_peft_available"] = _yes
 
 

@@ -48,8 +48,7 @@ class AbsentLoraOptions(TargetConfig):
             if getattr(self, name):
                 raise ValueError(
                     f"graftwork does not have {name}, an option of PEFT's LoRA that changes what "
-                    "an "
-                    "adapter computes; leave it out, or use PEFT"
+                    "an adapter computes; leave it out, or use PEFT"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""AdaLoRA (arXiv 2303.10512): W + s P diag(e) Q, s = alpha / r, with P and Q near orthogonal. The
-least important triplets (P_i, e_i, Q_i) of the model are masked while training goes from init_r to
-target_r.
+"""AdaLoRA (arXiv 2303.10512): W + s P diag(e) Q, s = alpha / r, with P and Q near orthogonal. While
+training, the model's least important triplets (P_i, e_i, Q_i) are masked: from init_r to target_r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,28 +40,23 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.init_r, "init_r")
-        check_rank(self.target_r, "target_r")
-        check_rank(self.total_step, "total_step")  # of the whole training
+        for name in ("init_r", "target_r", "total_step"):
+            check_rank(getattr(self, name), name)
         if self.tinit >= self.end:
-            raise ValueError(
-                f"tinit and tfinal leave none of total_step={self.total_step} steps for pruning"
-            )
-        if self.use_dora or self.lora_bias or self.use_rslora or self.alpha_pattern:
-            raise ValueError(
-                "AdaLoRA has no use_dora, lora_bias, use_rslora or alpha_pattern; leave them out"
-            )
+            raise ValueError(f"tinit and tfinal leave no step of {self.total_step} for pruning")
+        for name in ("use_dora", "lora_bias", "use_rslora", "alpha_pattern"):
+            if getattr(self, name):
+                raise ValueError(f"AdaLoRA has no {name}; leave it out")
 
     @property
-    def end(self) -> int:
-        """The step at which the budget has reached target_r."""
+    def end(self) -> int:  # the step at which the budget has reached target_r
         return (self.total_step or 0) - self.tfinal
 
     def adapter(self) -> type[Adapter]:
         return AdaLoRA
 
     def at(self, path: str, parameter: str = "weight") -> AdaLoraConfig:
-        new = copy(self)
+        new = replace(self)
         new.mask = (self.rank_pattern or {}).get(f"{path}.lora_E")  # type: ignore[misc]
         return new
 
@@ -104,36 +97,32 @@ class AdaLoRA(LowRank):
 
     def __init__(self, config: AdaLoraConfig, site: Site) -> None:
         super().__init__(config, site)
-        out, in_ = site.shape
         r = config.init_r if config.mask is None else sum(config.mask)
-        self.A = nn.Parameter(torch.empty(*site.lead, r, in_))
-        self.B = nn.Parameter(torch.empty(*site.lead, out, r))
-        self.E = nn.Parameter(torch.empty(*site.lead, r, 1))
+        shapes = (r, site.shape[1]), (site.shape[0], r), (r, 1)
+        self.A, self.B, self.E = (nn.Parameter(torch.empty(*site.lead, *n)) for n in shapes)
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.register_buffer("kept", torch.ones(*site.lead, r, dtype=torch.bool), persistent=False)
-        self.seen: dict[str, Tensor] = {}  # smoothed importance and its uncertainty, by tensor
 
     def start(self, site: Site) -> None:
-        nn.init.normal_(self.A, std=0.02)
-        nn.init.normal_(self.B, std=0.02)
-        nn.init.zeros_(self.E)
+        self.A.normal_(std=0.02)
+        self.B.normal_(std=0.02)
+        self.E.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.E * self.A, self.scale * self.B
 
     def rank(self) -> int:
-        return int(self.kept.sum()) // self.kept[..., 0].numel() if self.kept.numel() else 0
+        return int(self.kept.sum()) // max(1, self.kept[..., :1].numel())
 
     def observe(self, beta1: float, beta2: float) -> None:
-        """Smooth |p dL/dp| (eq. 9 and 10)."""
+        """Smooth |p dL/dp|, the importance, and its uncertainty (eq. 9 and 10)."""
         for name, p in self.named_parameters():
-            old = {
-                key: self.seen.get(f"{name}.{key}", torch.zeros_like(p)) for key in ("ipt", "unc")
-            }
-            now = (p * p.grad).abs() if p.grad is not None else torch.zeros_like(p)
-            self.seen[f"{name}.ipt"] = ipt = beta1 * old["ipt"] + (1 - beta1) * now
-            self.seen[f"{name}.unc"] = beta2 * old["unc"] + (1 - beta2) * (now - ipt).abs()
+            zero = torch.zeros_like(p)
+            old, spread = (self.seen.get(f"{name}.{key}", zero) for key in ("ipt", "unc"))
+            now = zero if p.grad is None else (p * p.grad).abs()
+            self.seen[f"{name}.ipt"] = ipt = beta1 * old + (1 - beta1) * now
+            self.seen[f"{name}.unc"] = beta2 * spread + (1 - beta2) * (now - ipt).abs()
 
     def importance(self) -> Tensor:
         """One score a triplet, (..., r): eq. 7 and 11."""
@@ -141,13 +130,10 @@ class AdaLoRA(LowRank):
         return e[..., 0] + a.mean(-1) + b.mean(-2)
 
     def file_tensors(self) -> dict[str, Tensor]:
-        if self.kept.ndim > 1 or bool(self.kept.all()):
+        kept = self.kept
+        if kept.ndim > 1 or bool(kept.all()):
             return super().file_tensors()
-        return {
-            "lora_A": self.A[self.kept],
-            "lora_B": self.B[:, self.kept],
-            "lora_E": self.E[self.kept],
-        }
+        return {"lora_A": self.A[kept], "lora_B": self.B[:, kept], "lora_E": self.E[kept]}
 
     def expects(self, config: AdaLoraConfig) -> dict[str, tuple[int, ...]]:
         if config.mask is None:
@@ -158,15 +144,7 @@ class AdaLoRA(LowRank):
     def take(self, tensors: Mapping[str, Tensor], config: AdaLoraConfig) -> None:
         if config.mask is None or sum(config.mask) == len(self.E):
             return super().take(tensors, config)
-        self.kept.copy_(torch.tensor(config.mask))  # a pruned file, into an adapter of full rank
+        kept = self.kept.copy_(torch.tensor(config.mask))  # a pruned file, into one of full rank
         self.E.zero_()
-        for mine, key in ((self.A, "lora_A"), (self.B.mT, "lora_B"), (self.E, "lora_E")):
-            mine[self.kept] = (tensors[key].mT if key == "lora_B" else tensors[key]).to(mine)
-
-    def training_state(self) -> dict[str, Tensor]:
-        return {"A": self.A, "B": self.B, "E": self.E, "kept": self.kept, **self.seen}
-
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in ("A", "B", "E", "kept"):
-            getattr(self, name).copy_(tensors[name])
-        self.seen = {k: v.to(self.A.device).clone() for k, v in tensors.items() if "." in k}
+        a, b, e = (tensors[key].to(self.A) for key in ("lora_A", "lora_B", "lora_E"))
+        self.A[kept], self.B[:, kept], self.E[kept] = a, b, e

@@ -14,7 +14,6 @@ from ..errors import TargetError, warn
 
 if TYPE_CHECKING:
     from ..engine.offer import Offer
-    from .lora import LoraConfig
 
 # old name of a layer -> the parameter that it is a part of now
 _W = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
@@ -36,7 +35,7 @@ _OLD_NAMES: dict[str, dict[str, str]] = {
 }
 
 
-def spell_out(config: LoraConfig, offer: Offer) -> None:
+def spell_out(config: Any, offer: Offer) -> None:
     """Name the stacked parameters that a config means in ``target_parameters``.
 
     Raises:
@@ -45,7 +44,7 @@ def spell_out(config: LoraConfig, offer: Offer) -> None:
     stacked = _stacked(offer)
     wanted: Any = config.target_modules
     everything = isinstance(wanted, str) and wanted.lower() == "all-linear"
-    old = _OLD_NAMES.get(str(getattr(getattr(offer.model, "config", None), "model_type", "")))
+    old = _OLD_NAMES.get(offer.model_type)
     if not stacked or not (everything or isinstance(wanted, set)):
         return
     if old is None:

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, check_rank
+from ..config import PeftType, check_choice, check_probability, check_rank
 from ..engine.adapter import Adapter, LowRank
 from ..engine.host import Beneath
 from ..engine.site import Embedding, Site, as_factors
 from ..inits import start_of
 from . import defaults
 from .absent import AbsentLoraOptions
-from .experts import spell_out
 
 
 @dataclass
@@ -29,9 +28,7 @@ class LoraConfig(AbsentLoraOptions):
     fan_in_fan_out: bool = False  # PEFT's note of transposed weights; here the layer's type says so
     bias: str = "none"  # biases that train too: "none", "all", "lora_only" (of adapted layers)
     use_rslora: bool = False
-    init_lora_weights: bool | str = (
-        True  # a name of inits.STARTS: "gaussian", "pissa", "olora", ...
-    )
+    init_lora_weights: bool | str = True  # or a name in inits.STARTS: "gaussian", "pissa", ...
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     alpha_pattern: Any = field(default_factory=dict)  # the same for lora_alpha
     trainable_token_indices: Any = None  # ids, or {embedding: ids}, of tokens whose rows train
@@ -46,17 +43,11 @@ class LoraConfig(AbsentLoraOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for r in (
-            (self.r, *(self.rank_pattern or {}).values()) if "rank_pattern" in self.PATTERNS else ()
-        ):
+        ranks = (self.rank_pattern or {}).values() if "rank_pattern" in self.PATTERNS else ()
+        for r in (self.r, *ranks):
             check_rank(r, "r")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r} is not known; it is 'none', 'all' or 'lora_only'")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is a probability below 1, not {self.lora_dropout}")
-
-    def prepare(self, offer: Any) -> None:
-        spell_out(self, offer)
+        check_choice(self.bias, "bias", ("none", "all", "lora_only"))
+        check_probability(self.lora_dropout, "lora_dropout")
 
     def adapter(self) -> type[Adapter]:
         from .dora import DoRA
@@ -64,37 +55,31 @@ class LoraConfig(AbsentLoraOptions):
         return DoRA if self.use_dora else LoRA
 
 
+LINEAR_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
 EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
 class LoRA(LowRank):
     """B A beside the layer; at the start A is random and B zero, at an embedding vice versa."""
 
-    keys: ClassVar[dict[str, str]] = {
-        "A": "lora_A.weight",
-        "B": "lora_B.weight",
-        "bias": "lora_B.bias",
-    }
+    keys: ClassVar[dict[str, str]] = LINEAR_KEYS
     linear: ClassVar[str] = "B"
     A0: Tensor | None  # factors of a start that is taken away again: training begins at W
     B0: Tensor | None
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
-        a, b = site.factor_shapes(config.r)
-        self.A, self.B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.A, self.B = (nn.Parameter(torch.empty(n)) for n in site.factor_shapes(config.r))
         self.bias = nn.Parameter(torch.zeros(site.shape[0])) if config.lora_bias else None
-        for name in ("A0", "B0"):
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("A0", None, persistent=False)
+        self.register_buffer("B0", None, persistent=False)
         self.r, self.lead, self.start_name = config.r, site.lead, config.init_lora_weights
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(site, Embedding):
             self.keys = EMBEDDING_KEYS  # type: ignore[misc]
             if config.lora_bias:
-                raise ValueError(
-                    f"lora_bias has no meaning at the embedding {site.path}; leave it out"
-                )
+                raise ValueError(f"lora_bias has no meaning at the embedding {site.path}")
 
     def derive(self, site: Site) -> None:
         start = start_of(self.start_name, site)
@@ -124,12 +109,8 @@ class LoRA(LowRank):
         y = super().forward(x, layer)
         return y if self.bias is None else y + layer.site.outputs(self.scale * self.bias)
 
-    def rank(self) -> int:
-        return self.r
-
     def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
         if not transposed:
             return self.file_tensors()
-        linear = self.keys["A"] == "lora_embedding_A"  # then the other end is linear
-        keys = LoRA.keys if linear else EMBEDDING_KEYS
-        return {keys["A"]: self.B.mT, keys["B"]: self.A.mT}
+        other = LINEAR_KEYS if "lora_embedding_A" in self.keys.values() else EMBEDDING_KEYS
+        return {other["A"]: self.B.mT, other["B"]: self.A.mT}

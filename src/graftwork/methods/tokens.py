@@ -73,10 +73,8 @@ class Tokens(Adapter):
         return torch.where(which.any(-1, keepdim=True), own, layer(x))
 
     def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
-        logits, bias = (
-            x @ self.rows.mT,
-            layer.bias,
-        )  # the columns of the output that are these tokens'
+        # the columns of the output that are these tokens'
+        logits, bias = x @ self.rows.mT, layer.bias
         if bias is not None:
             logits = logits + bias[self.indices]
         return layer(x).index_copy(-1, self.indices, logits)

@@ -71,8 +71,7 @@ class AutoPeftModel:
         if not config.base_model_name_or_path:
             raise FileError(
                 f"{source} does not say which base model it is for; load that model yourself and "
-                "use "
-                "PeftModel.from_pretrained(model, folder)"
+                "use PeftModel.from_pretrained(model, folder)"
             )
         loader = cls._loader(config, str(source))
         base: nn.Module = loader.from_pretrained(
@@ -81,13 +80,7 @@ class AutoPeftModel:
         _resize(base, source, own)
         wrapper = cls.WRAPPER
         return wrapper.from_pretrained(
-            base,
-            pretrained_model_name_or_path,
-            adapter_name,
-            is_trainable,
-            config,
-            **own,
-            **hub,
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
         )
 
     @classmethod
@@ -109,9 +102,7 @@ class AutoPeftModel:
             return getattr(transformers, name)
         raise FileError(
             f"{where} was trained on a {name} of {library}, which is not loaded from a file's "
-            "word; build the "
-            "base model yourself and use PeftModel.from_pretrained(model, "
-            "folder)"
+            "word; build the base model yourself and use PeftModel.from_pretrained(model, folder)"
         )
 
 

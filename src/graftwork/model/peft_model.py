@@ -1,4 +1,4 @@
-"""PeftModel: a model with adapters, with PEFT's names; ``get_peft_model`` makes one."""
+"""PeftModel: a model with adapters, with PEFT's names."""
 
 from __future__ import annotations
 
@@ -16,54 +16,11 @@ from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..errors import POLICY, StateError, warn
 from ..files.codec import LoadReport
-from . import report, storage
+from . import storage
+from .report import Reports
 
 
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Put an adapter into a model, in place, and freeze the rest.
-
-    Args:
-        model: the model to adapt.
-        peft_config: the method, such as ``LoraConfig(r=8)``.
-        adapter_name: the adapter's name.
-        mixed: PEFT's option for models that mix methods; every model here may.
-        autocast_adapter_dtype: keep the adapter in fp32 where the model is in fp16 or bf16.
-        revision: the base model's revision on the hub, noted in the config.
-        low_cpu_mem_usage: leave the adapter on the meta device, for a file that follows.
-
-    Raises:
-        StateError: the model has adapters already.
-        TargetError: the config means layers that the model does not have.
-    """
-    from .tasks import MixedModel, class_for
-
-    peft_config = copy(peft_config)
-    peft_config.base_model_name_or_path = (
-        model.__dict__.get("name_or_path") or peft_config.base_model_name_or_path
-    )
-    if revision is not None:
-        if peft_config.revision not in (None, revision):
-            warn(f"revision={revision!r} replaces the config's {peft_config.revision!r}")
-        peft_config.revision = revision
-    cls = MixedModel if mixed else class_for(peft_config)
-    return cls(
-        model,
-        peft_config,
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-
-
-class PeftModel(nn.Module):
+class PeftModel(Reports):
     """A model with adapters.
 
     Args:
@@ -367,32 +324,6 @@ class PeftModel(nn.Module):
         """Write or complete the folder's ``README.md``."""
         storage.model_card(output_dir, self.active_peft_config)
 
-    # -- reports
-
-    def adapters(self) -> report.Adapters:
-        """What is adapted, where, and how: a table when printed, data when read."""
-        return report.adapters(self.base_model)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are; shared tensors count once."""
-        return report.count(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both counts and the share, in PEFT's words."""
-        trainable, every = report.count(self)
-        print(
-            f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: "
-            f"{100 * trainable / every:.4f}"
-        )
-
-    def get_layer_status(self) -> list[report.TunerLayerStatus]:
-        """PEFT's report on each adapted layer."""
-        return report.layer_status(self.base_model)
-
-    def get_model_status(self) -> report.TunerModelStatus:
-        """PEFT's report on the model."""
-        return report.model_status(self)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -408,11 +339,9 @@ def _unwrapped(model: nn.Module, adapter_name: str) -> nn.Module:
     if switch is None:
         return model
     text = (
-        f"this model already has the adapters {sorted(switch.configs)}, and they live in the "
-        "model itself. Use "
-        f"model.add_adapter({adapter_name!r}, config) or model.load_adapter(folder, name) for one "
-        "more, or go on with "
-        "model.unload()"
+        f"this model already has the adapters {sorted(switch.configs)}, and they live in the model "
+        f"itself. Use model.add_adapter({adapter_name!r}, config) or model.load_adapter(folder, "
+        "name) for one more, or go on with model.unload()"
     )
     if not POLICY.lenient:
         raise StateError(text)
@@ -443,6 +372,3 @@ def _prepare_checkpointing(model: nn.Module) -> None:
     enable: Any = getattr(model, "enable_input_require_grads", None)
     if on and enable is not None:
         enable()
-
-
-__all__ = ["PeftModel", "get_peft_model"]

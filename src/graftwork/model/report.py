@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.dense import logical_numel
 from ..engine.host import Host
 from ..engine.root import Grafted
-
-if TYPE_CHECKING:
-    from .peft_model import PeftModel
+from ..engine.tree import mark
 
 
 @dataclass
@@ -33,9 +30,7 @@ class Row:
     active: bool
     trainable: bool
     merged: bool
-    change: (
-        float | None
-    )  # norm of the update relative to the weight's; None where it cannot be computed
+    change: float | None  # norm of the update relative to the weight's; None: not to be computed
 
 
 class Adapters(list[Row]):
@@ -163,18 +158,22 @@ def count(model: nn.Module) -> tuple[int, int]:
     seen: set[Any] = set()
     trainable = every = 0
     for p in model.parameters():
-        if _mark(p) in seen:
+        if mark(p) in seen:
             continue
-        seen.add(_mark(p))
+        seen.add(mark(p))
         n = logical_numel(p)
         every += n
         trainable += n if p.requires_grad else 0
     return trainable, every
 
 
-def _mark(p: Tensor) -> Any:
-    address = 0 if p.is_meta else p.data_ptr()
-    return (address, p.device, p.storage_offset(), p.numel()) if address else id(p)
+def logical_numel(weight: Tensor) -> int:
+    """How many numbers a parameter stands for; 4-bit weights hold two a byte."""
+    count = weight.numel() or getattr(weight, "ds_numel", 0)
+    if type(weight).__name__ == "Params4bit":
+        storage = getattr(weight, "quant_storage", None)
+        return int(count) * 2 * (storage.itemsize if storage is not None else 1)
+    return int(count)
 
 
 @dataclass
@@ -239,7 +238,7 @@ def layer_status(root: Grafted) -> list[TunerLayerStatus]:
     ]
 
 
-def model_status(model: PeftModel) -> TunerModelStatus:
+def model_status(model: Reports) -> TunerModelStatus:
     """The layers' reports, put together."""
     root = model.base_model
     layers, (trainable, total) = layer_status(root), count(model)
@@ -251,7 +250,7 @@ def model_status(model: PeftModel) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(root.model).__name__,
         adapter_model_type=type(root).__name__,
-        peft_types={n: c.method.value for n, c in model.peft_config.items()},
+        peft_types={n: c.method.value for n, c in root.switch.configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -267,3 +266,33 @@ def model_status(model: PeftModel) -> TunerModelStatus:
 def _agreed(flags: Any) -> bool | str:
     found = Counter(flags)
     return next(iter(found)) if len(found) == 1 else "irregular" if found else False
+
+
+class Reports(nn.Module):
+    """The reports of a ``PeftModel``, as its methods."""
+
+    base_model: Grafted
+
+    def adapters(self) -> Adapters:
+        """What is adapted, where, and how: a table when printed, data when read."""
+        return adapters(self.base_model)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are; shared tensors count once."""
+        return count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and the share, in PEFT's words."""
+        trainable, every = count(self)
+        print(
+            f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: "
+            f"{100 * trainable / every:.4f}"
+        )
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """PEFT's report on each adapted layer."""
+        return layer_status(self.base_model)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """PEFT's report on the model."""
+        return model_status(self)

@@ -215,9 +215,8 @@ class Loader:
                 or "its method"
             )
             raise FileError(
-                f"{self.source} was saved with another config than this adapter has ({what}); "
-                "load it under a "
-                "name of its own"
+                f"{self.source} was saved with another config than this adapter has ({what}); load "
+                "it under a name of its own"
             )
 
 
