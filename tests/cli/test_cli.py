@@ -48,12 +48,11 @@ def adapter(bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_help_is_light_and_complete() -> None:
     script = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom graftwork.cli.app import build\n"
-        "for words in (['--help'], ['train', '--help'], ['demo', '--help']):\n"
-        "    done = CliRunner().invoke(build(), words)\n"
-        "    assert done.exit_code == 0, done.output\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'accelerate'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "import sys\nfrom typer.testing import CliRunner\nfrom graftwork.cli.app import build\nfor "
+        "words in (['--help'], ['train', '--help'], ['demo', '--help']):\n    done = "
+        "CliRunner().invoke(build(), words)\n    assert done.exit_code == 0, done.output\nheavy = "
+        "{'torch', 'transformers', 'datasets', 'numpy', 'accelerate'} & set(sys.modules)\nassert "
+        "not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     output: Annotated[str, typer.Option(help="folder to write")] = "graft-demo",
-    samples: Annotated[int, typer.Option(help="samples to train on", min=100)] = 20_000,
+    samples: Annotated[int, typer.Option(help="samples to train on", min=100)] = 36_000,
     seed: Annotated[int, typer.Option(help="decides everything", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo")] = False,
     json: Json = False,
@@ -53,7 +53,7 @@ def _print(shown: Shown) -> None:
     console = show.stdout()
     console.print(
         f"\n[bold]An encoder that read only English learns to tell {count} languages apart[/bold]\n"
-        f"by {len(prepared.corpus.train):,} samples of three names each; tested on {tested:,} "
+        f"by {len(prepared.corpus.train):,} samples of two names each; tested on {tested:,} "
         "samples of names it has never seen\n"
     )
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)

@@ -55,7 +55,6 @@ def _fits(adapter: Any, site: Site) -> None:
     if adapter.r > min(site.shape):
         raise ValueError(
             f"r={adapter.r} is more than the {min(site.shape)} directions of {site.path} "
-            f"{site.describe()}, which this "
-            f"start takes from the weight; use r<={min(site.shape)} there (rank_pattern), or "
-            "another init_lora_weights"
+            f"{site.describe()}, which this start takes from the weight; use r<={min(site.shape)} "
+            "there (rank_pattern), or another init_lora_weights"
         )

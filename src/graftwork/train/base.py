@@ -12,6 +12,8 @@ import torch
 from ..errors import did_you_mean
 from .recipe import RecipeError
 
+SHORT = 128  # tokens; up to here plain attention trains faster on a CPU
+
 
 def resolve(source: str) -> str:
     """A model's folder as an absolute path, or its hub id as it is.
@@ -48,7 +50,7 @@ def _explained(source: str) -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if Path(source).is_dir():
             text = str(error).strip().splitlines()[0]
             raise RecipeError(f"--model: {source} cannot be loaded: {text}") from error
@@ -101,6 +103,36 @@ def load_config(source: str, revision: str | None = None, **changes: Any) -> Any
 
     with _explained(source):
         return transformers.AutoConfig.from_pretrained(source, revision=revision, **changes)
+
+
+def set_attention(config: Any, kernel: str) -> None:
+    """Note a kernel in a model's config; ``auto`` leaves the choice to transformers."""
+    if kernel != "auto":
+        config._attn_implementation = kernel
+
+
+def set_dropout(config: Any, share: float) -> None:
+    """Change every dropout of a model in its config; skipped layers are something else.
+
+    Raises:
+        RecipeError: the model has none.
+    """
+    names = [n for n, v in config.to_dict().items() if "drop" in n and type(v) in (int, float)]
+    names = [n for n in names if "layer" not in n]
+    if not names:
+        raise RecipeError(f"--base-dropout: a {config.model_type} has no dropout; leave it out")
+    for name in names:
+        setattr(config, name, float(share))
+
+
+def choose_attention(wanted: str, longest: int) -> str:
+    """The kernel of a model's attention; ``auto`` becomes what trains fastest on this machine.
+
+    On a CPU, the fused kernel's backward pass is slower than plain products where sequences are
+    short (benchmarks/attention.py); elsewhere it stays ``auto``, which is transformers' choice.
+    """
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return "eager" if wanted == "auto" and not accelerated and longest <= SHORT else wanted
 
 
 def load_model(

@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..engine.parts import Copy
 from ..errors import TrainingError
+from ..methods.whole import Copy
 from . import base
 from .recipe import Recipe
 from .samples import ByLength, Samples, collate

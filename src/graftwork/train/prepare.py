@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..engine.parts import Copy
-from ..model.peft_model import PeftModel, get_peft_model
+from ..methods.whole import Copy
+from ..model.peft_model import PeftModel
+from ..model.tasks import get_peft_model
 from . import base, corpus, options, plan
 from .corpus import Corpus
 from .plan import Plan
@@ -86,6 +87,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     spec = task.spec(found.columns, recipe, tokenizer, found.train)
     config = base.load_config(recipe.model, recipe.revision, **task.config(spec, tokenizer))
     task.check_base(config, recipe.model)
+    if recipe.base_dropout is not None:
+        base.set_dropout(config, recipe.base_dropout)
     spec = replace(spec, max_length=_limit(recipe, task, base.longest(tokenizer, config)))
     say("encoding the data")
     train = task.encode(found.train, spec, tokenizer, corpus.short(recipe.data))
@@ -93,6 +96,9 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     steps, epochs = plan.count_steps(recipe, len(train.samples))
     say("loading the base model")
     precision = base.choose_precision(recipe.precision)
+    kernel = base.choose_attention(recipe.attention, max(train.samples.lengths()))
+    recipe = recipe.model_copy(update={"attention": kernel})
+    base.set_attention(config, kernel)
     model = adapted(recipe, task, spec, config, steps)
     say("estimating the memory")
     made = _plan(recipe, task, model, train, steps, epochs, precision, tokenizer.pad_token_id)

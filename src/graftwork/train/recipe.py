@@ -66,10 +66,16 @@ class Recipe(BaseModel):
     warmup: float = _option(LEARNING, "share of the steps with a rising rate", 0.06, ge=0, lt=1)
     weight_decay: float = _option(LEARNING, "AdamW's weight decay", 0.0, ge=0)
     max_grad_norm: float = _option(LEARNING, "gradients are clipped to this norm", 1.0, gt=0)
+    base_dropout: float | None = _option(
+        LEARNING, "dropout inside the base model; by default its own", ge=0, lt=1
+    )
     seed: int = _option(LEARNING, "decides split, order, start and dropout", 0, ge=0)
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
         MACHINE, "auto, fp32, bf16 or fp16", "auto"
+    )
+    attention: str = _option(
+        MACHINE, "auto, eager, sdpa or another of transformers' kernels", "auto"
     )
     gradient_checkpointing: bool = _option(MACHINE, "less memory for a third more time", False)
     checkpoint_steps: int = _option(MACHINE, "steps between two checkpoints", 500, ge=1)

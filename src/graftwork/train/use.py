@@ -53,6 +53,7 @@ def load(folder: str | os.PathLike[str]) -> Adapted:
     tokenizer = base.load_tokenizer(str(path))
     source = _base(note, path)
     config = base.load_config(source, recipe.revision, **task.config(note.spec, tokenizer))
+    base.set_attention(config, recipe.attention)
     model, _ = base.load_model(
         task.model_class, source, config, note.precision, recipe.revision, recipe.seed
     )
