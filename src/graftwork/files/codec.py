@@ -117,7 +117,7 @@ def compare(
         key_mapping: regex -> replacement, for the names of a model that was built otherwise.
     """
     want, report, found = expected(parts), LoadReport(), {}
-    base = _embeddings(model, tensors)
+    base = _embeddings(model, tensors, want)
     for key in tensors:
         plain = renamed(key, key_mapping)
         if plain in want or plain in base:
@@ -161,13 +161,14 @@ def fill(
 ) -> None:
     """Give the parts the values of a file that was compared before."""
     by_part: dict[int, tuple[Owned, dict[str, Tensor]]] = {}
-    for plain, (o, key, _) in expected(parts).items():
+    want = expected(parts)
+    for plain, (o, key, _) in want.items():
         if plain in found:
             by_part.setdefault(id(o), (o, {}))[1][key] = tensors[found[plain]]
     for o, values in by_part.values():
         _materialise(o.part, next(iter(values.values())).device)
         o.part.take(values, o.config)
-    for plain, weight in _embeddings(model, tensors).items():
+    for plain, weight in _embeddings(model, tensors, want).items():
         if plain in found and weight.shape == tensors[found[plain]].shape:
             weight.copy_(tensors[found[plain]])
 
@@ -190,8 +191,13 @@ def renamed(key: str, key_mapping: Mapping[str, str] | None) -> str:
     return plain
 
 
-def _embeddings(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The base's embedding and output weights, which a file may carry (resized vocabulary)."""
+def _embeddings(
+    model: nn.Module, tensors: Mapping[str, Any], owned: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The base's embedding and output weights that a file carries (resized vocabulary).
+
+    ``owned`` are names of the adapter's own tensors: a trained copy of the output layer is no base.
+    """
     found = {}
     wanted = {id(inside(layer)) for layer in embedding_layers(model)}
     for path, module in walk(model):
@@ -202,7 +208,8 @@ def _embeddings(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Tenso
                 else inside(module)._parameters["weight"]
             )
             for plain in (f"{path}.weight", f"{path}.base_layer.weight"):
-                if plain in tensors or PREFIX + plain in tensors:
+                carried = plain in tensors or PREFIX + plain in tensors
+                if carried and plain not in owned:
                     found[plain] = weight
     return found  # type: ignore[return-value]
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -215,8 +216,21 @@ def read_tensors(
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
             "it, pass allow_pickle=True, and save it again to have it as safetensors"
         )
-    loaded: dict[str, Tensor] = torch.load(pickled, map_location=device or "cpu", weights_only=True)
-    return loaded
+    try:
+        loaded = torch.load(pickled, device or "cpu", weights_only=True)
+        return {str(name): _a_tensor(value) for name, value in loaded.items()}
+    except (UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileError(
+            f"{pickled} is damaged, or holds more than tensors, such as code to run; it was not "
+            f"read: {reason}"
+        ) from error
+
+
+def _a_tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a {type(value).__name__} is among the tensors")
+    return value
 
 
 def read_training(source: Source) -> dict[str, Tensor]:
