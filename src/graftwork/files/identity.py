@@ -84,7 +84,8 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 def _config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", {})
     data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    return {k: v for k, v in data.items() if k not in FLEETING}
+    # dropout matters in training alone
+    return {k: v for k, v in data.items() if k not in FLEETING and "drop" not in k}
 
 
 def _digest(data: Any) -> str:

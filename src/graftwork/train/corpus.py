@@ -21,6 +21,7 @@ class Corpus:
     Args:
         task: the task.
         columns: the columns in use.
+        present: all columns of the data.
         train: examples to train on.
         test: examples held out.
         held: where those come from, in words.
@@ -29,6 +30,7 @@ class Corpus:
 
     task: Task
     columns: Columns
+    present: list[str]
     train: list[Any]
     test: list[Any]
     held: str
@@ -63,7 +65,7 @@ def gather(recipe: Recipe) -> Corpus:
     known = set(train)
     if twice := sum(example in known for example in test):
         remarks.append(f"{twice:,} of {len(test):,} held-out examples also occur in training")
-    return Corpus(task, of, train, test, held, remarks)
+    return Corpus(task, of, parts["train"].column_names, train, test, held, remarks)
 
 
 def held_out(recipe: Recipe, task: Task, of: Columns, source: str | None) -> tuple[list[Any], str]:

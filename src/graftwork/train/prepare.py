@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     tokenizer = base.load_tokenizer(recipe.model, recipe.revision)
     spec = task.spec(found.columns, recipe, tokenizer, found.train)
     config = base.load_config(recipe.model, recipe.revision, **task.config(spec, tokenizer))
-    task.check_base(config, recipe.model)
+    _check_base(task, config, recipe, found)
     if recipe.base_dropout is not None:
         base.set_dropout(config, recipe.base_dropout)
     spec = replace(spec, max_length=_limit(recipe, task, base.longest(tokenizer, config)))
@@ -109,6 +109,19 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         *_tight(made),
     ]
     return Prepared(recipe, found, spec, tokenizer, model, train, test, made, precision, remarks)
+
+
+def _check_base(task: Task, config: Any, recipe: Recipe, found: Corpus) -> None:
+    try:
+        task.check_base(config, recipe.model)
+    except RecipeError as error:
+        if recipe.task != "auto":
+            raise
+        raise RecipeError(
+            f"{error}. The task was chosen by the columns of {corpus.short(recipe.data)} "
+            f"({', '.join(found.present)}); to classify, say which of them is the label: "
+            "--label-column ..."
+        ) from error
 
 
 def _limit(recipe: Recipe, task: Task, most: int | None) -> int:

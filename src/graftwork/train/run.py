@@ -69,9 +69,12 @@ class Result:
 
     def next_command(self) -> str:
         """What to type next."""
-        writes = self.prepared.corpus.task.model_class == "AutoModelForCausalLM"
-        verb, text = ("generate", "your prompt") if writes else ("predict", "some text")
-        return f'graft {verb} {shlex.quote(near(self.output))} "{text}"'
+        folder, corpus = shlex.quote(near(self.output)), self.prepared.corpus
+        if corpus.task.model_class == "AutoModelForCausalLM":
+            return f'graft generate {folder} "your prompt"'
+        if "pair" in corpus.columns.of:
+            return f"graft eval {folder}"
+        return f'graft predict {folder} "some text"'
 
 
 def near(path: Path) -> str:
