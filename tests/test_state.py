@@ -232,6 +232,14 @@ def test_a_thousand_merges_leave_every_bit() -> None:
     assert torch.equal(model.base_model.model[0].base_layer.weight, before)
 
 
+def test_a_merged_model_runs_in_training_mode_too() -> None:
+    model = adapted(LoraConfig(r=4)).train()
+    model.merge_adapter()
+    assert not model(input_ids=IDS).logits.requires_grad
+    model.unmerge_adapter()
+    assert model(input_ids=IDS).logits.requires_grad
+
+
 def test_a_merged_model_can_be_moved_before_it_is_unmerged() -> None:
     model = adapted()
     shake(model)

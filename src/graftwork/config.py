@@ -113,7 +113,7 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    METHOD: ClassVar[PeftType | None] = None
+    METHOD: ClassVar[PeftType | str | None] = None  # a str for a method that PEFT does not have
     PATTERNS: ClassVar[dict[str, str]] = {}  # field with values per path -> the field it overrides
     BEYOND: ClassVar[frozenset[str]] = frozenset()  # fields beyond PEFT's: written only where set
     TARGETS: ClassVar[dict[str, Any]] = {}  # PEFT's choice of layers per architecture
@@ -130,9 +130,9 @@ class PeftConfig:
         self.peft_version = self.peft_version or FORMAT_VERSION
 
     @property
-    def method(self) -> PeftType:
-        assert isinstance(self.peft_type, PeftType)
-        return self.peft_type
+    def method(self) -> str:
+        """The method's name, as in files and in the table of methods."""
+        return str(getattr(self.peft_type, "value", self.peft_type))
 
     def adapter(self) -> type[Adapter]:
         """The class of this config's adapters."""

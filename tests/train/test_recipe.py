@@ -89,7 +89,7 @@ def test_no_option_of_a_method_hides_a_field_of_the_recipe() -> None:
 def test_every_method_has_a_config_without_any_option(method: str) -> None:
     needs: dict[str, Any] = {"TRAINABLE_TOKENS": {"token_indices": [1]}}.get(method, {})
     config = options.make(method, needs, steps=100)
-    assert config.method.value == method
+    assert config.method == method
 
 
 def test_lists_are_written_with_commas_and_patterns_as_they_are() -> None:

@@ -59,7 +59,7 @@ def _share(offer: Offer, config: TargetConfig) -> None:
 
 def _main(config: TargetConfig, targets: list[Target]) -> Iterator[Slot]:
     for t in targets:
-        key = part_key(t.parameter) if t.parameter else config.method.value.lower()
+        key = part_key(t.parameter) if t.parameter else config.method.lower()
         slot = Slot(t.path, key, at(config, key), _prefix(t, targets) if t.parameter else "")
         # PEFT 0.21 merges the output projection of an adapted attention twice, before each call
         slot.times = 2.0 if slot.prefix == "base_layer.out_proj." else 1.0

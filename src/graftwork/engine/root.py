@@ -91,7 +91,7 @@ class Grafted(nn.Module):
 
     def _check_learning(self, switch: Switch, outputs: Any) -> None:
         floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
-        if not floats or any(t.requires_grad for t in floats):
+        if not floats or any(t.requires_grad for t in floats) or switch.merged:
             return
         parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
         if any(tensor.requires_grad for part in parts for tensor in part.parameters()):

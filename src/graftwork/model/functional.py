@@ -122,7 +122,7 @@ def get_peft_model_state_dict(
     targeted = _targets_embeddings(inner, adapter_name)
     if save_embedding_layers == "auto":
         config = switch_of(model).configs[adapter_name]
-        tokens = config.method.value == "TRAINABLE_TOKENS"
+        tokens = config.method == "TRAINABLE_TOKENS"
         own_rows = tokens or getattr(config, "trainable_token_indices", None)
         name = config.base_model_name_or_path
         save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))

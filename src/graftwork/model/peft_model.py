@@ -82,8 +82,8 @@ class PeftModel(Reports):
         self.base_model.switch.configs = value
 
     @property
-    def peft_type(self) -> PeftType:
-        return self.active_peft_config.method
+    def peft_type(self) -> str | PeftType | None:
+        return self.active_peft_config.peft_type
 
     @property
     def active_adapters(self) -> list[str]:

@@ -250,7 +250,7 @@ def model_status(model: Reports) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(root.model).__name__,
         adapter_model_type=type(root).__name__,
-        peft_types={n: c.method.value for n, c in root.switch.configs.items()},
+        peft_types={n: c.method for n, c in root.switch.configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

@@ -243,7 +243,7 @@ def as_plain_lora(
     base: nn.Module, config: PeftConfig, name: str, tensors: dict[str, Tensor]
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """A LoRA minus its start, as a plain one: B A - B0 A0 = [B, -B0] [A; A0]."""
-    if config.method.value != "LORA" or getattr(config, "use_dora", False):
+    if config.method != "LORA" or getattr(config, "use_dora", False):
         raise ValueError(
             "only a LoRA can be written as a plain LoRA; leave "
             "path_initial_model_for_weight_conversion out"
@@ -270,14 +270,14 @@ def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
 
     path = Path(directory) / "README.md"
     text = (
-        f"---\nlibrary_name: peft\n---\n\n# {config.method.value} adapter\n\nAn adapter for "
+        f"---\nlibrary_name: peft\n---\n\n# {config.method} adapter\n\nAn adapter for "
         f"`{config.base_model_name_or_path or 'a model'}`, "
         "in the file format of PEFT.\n\n```python\nfrom graftwork import PeftModel\n\n"
         'model = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
     )
     card: Any = ModelCard.load(path) if path.is_file() else ModelCard(text)
     card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.value.lower()})
+    card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.lower()})
     if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):
         card.data.base_model = config.base_model_name_or_path
     card.save(path)

@@ -39,7 +39,7 @@ class Recipe(BaseModel):
     )
     task: str = _option(WHAT, "classification, instruction, language; auto: by the columns", "auto")
     method: str = _option(WHAT, "how to adapt; `graft methods` lists them", "LORA")
-    output: str | None = _option(WHAT, "folder to write; by default named after model and data")
+    output: str | None = _option(WHAT, "folder to write; by default named after data and method")
 
     test_data: str | None = _option(DATA, "held-out data; by default a share of the data")
     test_share: float = _option(DATA, "share held out where there is no test data", 0.1, gt=0, lt=1)
