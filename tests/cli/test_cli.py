@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(
                 break
         rest = process.stderr.read()
     assert process.returncode == 1 and "stopping after this step" in rest, rest
-    assert "graft train --resume --output" in rest and "Traceback" not in rest
+    assert "python -m graftwork train --resume --output" in rest and "Traceback" not in rest
     assert not (tmp_path / "b").exists()
     subprocess.run(command("--resume", "--output", tmp_path / "b"), check=True, env=env)
     one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")

@@ -45,7 +45,7 @@ def _print(shown: Shown) -> None:
     from rich.table import Table
 
     from ..train import show
-    from ..train.run import near
+    from ..train.run import near, program
 
     result = shown.result
     made, prepared = result.prepared.plan, result.prepared
@@ -83,7 +83,7 @@ def _print(shown: Shown) -> None:
         )
     folder = near(result.output)
     console.print(
-        f'\nnext  graft predict {folder} "lundi, Allemagne, franc suisse"', soft_wrap=True
+        f'\nnext  {program()} predict {folder} "Schweizer Franken, Montag"', soft_wrap=True
     )
 
 

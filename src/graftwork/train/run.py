@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,10 +74,20 @@ class Result:
         """What to type next."""
         folder, corpus = shlex.quote(near(self.output)), self.prepared.corpus
         if corpus.task.model_class == "AutoModelForCausalLM":
-            return f'graft generate {folder} "your prompt"'
+            return f'{program()} generate {folder} "your prompt"'
         if "pair" in corpus.columns.of:
-            return f"graft eval {folder}"
-        return f'graft predict {folder} "some text"'
+            return f"{program()} eval {folder}"
+        return f'{program()} predict {folder} "some text"'
+
+
+def program() -> str:
+    """The command as one would type it here: ``graft``, or with the folder that it lies in."""
+    run = Path(sys.argv[0])
+    if run.name == "__main__.py":
+        return "python -m graftwork"
+    if run.stem != "graft" or shutil.which("graft") == str(run):
+        return "graft"
+    return shlex.quote(near(Path(os.path.abspath(run))))
 
 
 def near(path: Path) -> str:
@@ -159,7 +172,7 @@ def _trained(prepared: Prepared, screen: Screen, place: Place, checkpoint: Path 
         raise StoppedError(
             f"stopped after step {training.state.global_step} of {made.steps}; a checkpoint is in "
             f"{near(place.work)}. Go on with:\n"
-            f"  graft train --resume --output {shlex.quote(near(place.output))}"
+            f"  {program()} train --resume --output {shlex.quote(near(place.output))}"
         )
     screen.say("measuring after training")
     after = measured(prepared)
