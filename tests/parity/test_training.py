@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_files import peft, shake
+from test_crossing import peft, shake
 
 import graftwork
 from tiny import IDS, build, run
