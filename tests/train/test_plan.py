@@ -91,10 +91,10 @@ def test_checkpointing_and_smaller_batches_lower_the_estimate(llama: Path, answe
 
 
 MEASURE = """
-import json, sys
+import json, sys, threading, time
 from pathlib import Path
+import psutil
 from train import tiny
-from graftwork.train import base, plan
 from graftwork.train.recipe import build
 from graftwork.train.run import train
 from graftwork.train.show import Silent
@@ -110,12 +110,17 @@ model = tiny.bert(
 warm, _ = build({"model": model, "data": folder / "train.csv", "steps": 1, "batch_size": 1,
                  "output": folder / "warm", "precision": "fp32"})
 train(warm, Silent())
-before = plan.peak()
+seen = [psutil.Process().memory_info().rss]
+def watch():
+    while True:
+        seen.append(psutil.Process().memory_info().rss)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
 recipe, _ = build({"model": model, "data": folder / "train.csv", "steps": 3, "batch_size": 64,
                    "output": folder / "out", "precision": "fp32"})
 found = train(recipe, Silent())
-print(json.dumps({"grown": found.peak - before,
-                  "estimate": found.prepared.plan.memory.activations}))
+memory = found.prepared.plan.memory
+print(json.dumps({"grown": max(seen) - seen[0], "estimate": memory.total}))
 """
 
 
