@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Json, guarded, show_json
+from .common import Json, guarded, show_json
 
 if TYPE_CHECKING:
     from ..train.demo import Shown

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Folder, Json, guarded, show_json
+from .common import Folder, Json, guarded, show_json
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Json, guarded, show_json
+from .common import Json, guarded, show_json
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from ..train.recipe import FIELDS, RecipeError, build, group_of, read_yaml
-from .app import guarded, message, show_json
+from .common import guarded, message, show_json
 
 HELP = """Train an adapter.
 
