@@ -485,14 +485,12 @@ def test_an_adapter_from_the_hub(tmp_path: Path, hub: list[dict[str, Any]]) -> N
 def test_saving_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    import httpx2
-
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(httpx2.Client, "send", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     model = get_peft_model(build("llama"), LoraConfig(r=2))
     for config in model.peft_config.values():
         config.base_model_name_or_path = "someone/base"

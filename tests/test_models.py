@@ -22,7 +22,7 @@ from graftwork import (
     TrainingError,
     get_peft_model,
 )
-from tiny import IDS, build, run
+from tiny import IDS, build, enable_checkpointing, run
 from zoo import shake
 
 CONFIGS: dict[str, Any] = {
@@ -165,12 +165,11 @@ def test_gradient_checkpointing_changes_no_gradient(
     base = build("llama")
     options = {"use_reentrant": reentrant}
     if before:
-        base.activation_checkpointing_enable(options)
+        enable_checkpointing(base, options)
     wrapped: Any = get_peft_model(base, CONFIGS[config](), "a0").train()
     shake(wrapped)
     if not before:
-        wrapped.activation_checkpointing_enable(options)
-    assert wrapped.is_activation_checkpointing
+        enable_checkpointing(wrapped, options)
     wrapped(input_ids=IDS, labels=IDS).loss.backward()
     got = gradients(wrapped)
     assert got.keys() == want.keys()
@@ -184,7 +183,7 @@ def test_a_checkpointed_forward_is_repeated_with_the_names_of_its_own_call(reent
         wrapped = adapted("llama", "lora", "dora").train()
         wrapped.set_requires_grad(["a0", "a1"])
         if checkpointing:
-            wrapped.activation_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(wrapped, {"use_reentrant": reentrant})
         rows = ["a1", "a0"]
         first = wrapped(input_ids=IDS, labels=IDS, adapter_names=rows).loss
         with wrapped.using("a1"):

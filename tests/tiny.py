@@ -169,3 +169,11 @@ def run(model: nn.Module, name: str) -> Tensor:
     """The model's output for its input."""
     out = model(**MODELS[name][1])
     return out if isinstance(out, Tensor) else out.logits
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Switch gradient checkpointing on, under the name that this transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options)
+    state = "activation" if new else "gradient"
+    assert getattr(model, f"is_{state}_checkpointing")

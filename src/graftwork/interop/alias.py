@@ -15,6 +15,7 @@ from typing import Any
 from ..config import FORMAT_VERSION
 from ..errors import POLICY, GraftworkError
 from .names import MODULES, NAMES
+from .transformers import watch
 
 
 def become_peft() -> ModuleType:
@@ -39,6 +40,7 @@ def become_peft() -> ModuleType:
     sys.meta_path.insert(0, _Finder())
     POLICY.lenient = True
     _forget_availability()
+    watch("transformers.integrations.peft", teach_loading)
     return import_module("peft")
 
 
@@ -120,6 +122,13 @@ def shown_version() -> str:
         r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", "")
     )
     return max(FORMAT_VERSION, *asked, key=lambda v: tuple(map(int, v.split("."))))
+
+
+def teach_loading(module: ModuleType) -> None:
+    """Let transformers' own ``load_adapter`` find this library's parameters."""
+    from .native import teach
+
+    teach(module)
 
 
 def _forget_availability() -> None:

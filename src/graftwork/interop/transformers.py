@@ -11,19 +11,27 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-WATCHED = ("transformers.trainer_utils", "transformers.trainer")
+# a module of transformers -> what is changed in it
+WATCHED: dict[str, Callable[[ModuleType], None]] = {}
 
 
 def recognise() -> None:
     """Let transformers' Trainer treat this library's models as PEFT's."""
+    watch("transformers.trainer_utils", _teach)
+    watch("transformers.trainer", _teach)
+
+
+def watch(name: str, change: Callable[[ModuleType], None]) -> None:
+    """Change a module now where it is loaded, else as soon as it is."""
     if importlib.util.find_spec("transformers") is None:
         return
-    for name in WATCHED:
-        if name in sys.modules:
-            _teach(sys.modules[name])
+    WATCHED[name] = change
+    if name in sys.modules:
+        change(sys.modules[name])
     if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
@@ -73,7 +81,7 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _teach(module)
+        WATCHED[module.__name__](module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
