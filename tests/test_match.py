@@ -17,9 +17,9 @@ from graftwork import (
     get_peft_model,
     register_site,
 )
-from graftwork.engine.match import Match
-from graftwork.engine.offer import Offer
 from graftwork.engine.site import KINDS, Site
+from graftwork.targets.match import Match
+from graftwork.targets.offer import Offer
 from tiny import MODELS, Plain, build
 from zoo import shake
 

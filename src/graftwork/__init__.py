@@ -12,7 +12,7 @@ _TASKS = (
     "TokenClassification"
 ).split()
 _WHERE = {  # module -> the public names that it holds
-    "config": "PeftConfig PeftType TaskType TargetConfig",
+    "config": "PeftConfig PeftType TargetConfig TaskType",
     "errors": "FileError GraftworkError MergeError PeftWarning StateError TargetError "
     "TrainingError",
     "table": "METHODS register",

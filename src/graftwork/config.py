@@ -5,92 +5,29 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import FileError, did_you_mean, warn
+from .types import PeftType as PeftType
+from .types import TaskType as TaskType
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .engine.adapter import Adapter
-    from .engine.match import Match
-    from .engine.offer import Offer, Target
+    from .engine.adapter import Adapter, Shared
+    from .engine.host import Host
     from .engine.plan import Slot
     from .engine.site import Site
+    from .targets.match import Match
+    from .targets.offer import Offer, Target
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose file format is written
 
 C = TypeVar("C", bound="PeftConfig")
-
-
-class _Name(str, Enum):
-    def __str__(self) -> str:
-        return f"{type(self).__name__}.{self.name}"
-
-
-class TaskType(_Name):
-    """What the model is for; decides the class of the wrapper and which heads are saved."""
-
-    SEQ_CLS = "SEQ_CLS"
-    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
-    CAUSAL_LM = "CAUSAL_LM"
-    TOKEN_CLS = "TOKEN_CLS"
-    QUESTION_ANS = "QUESTION_ANS"
-    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-
-
-class PeftType(_Name):
-    """The method; every name that PEFT 0.21 writes into a file."""
-
-    PROMPT_TUNING = "PROMPT_TUNING"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    BOFT = "BOFT"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    IA3 = "IA3"
-    BEFT = "BEFT"
-    LILY = "LILY"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    OFT = "OFT"
-    POLY = "POLY"
-    LN_TUNING = "LN_TUNING"
-    VERA = "VERA"
-    FROD = "FROD"
-    PVERA = "PVERA"
-    FOURIERFT = "FOURIERFT"
-    GLORA = "GLORA"
-    XLORA = "XLORA"
-    HRA = "HRA"
-    VBLORA = "VBLORA"
-    UNILORA = "UNILORA"
-    CPT = "CPT"
-    MISS = "MISS"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    HIRA = "HIRA"
-    SHIRA = "SHIRA"
-    C3A = "C3A"
-    WAVEFT = "WAVEFT"
-    OSF = "OSF"
-    DELORA = "DELORA"
-    GRALORA = "GRALORA"
-    CARTRIDGE = "CARTRIDGE"
-    TINYLORA = "TINYLORA"
-    PSOFT = "PSOFT"
-    PEANUT = "PEANUT"
-    SHADOW = "SHADOW"
-    SUPERTUNING = "SUPERTUNING"
-    DEFT = "DEFT"
 
 
 @dataclass
@@ -116,6 +53,7 @@ class PeftConfig:
     METHOD: ClassVar[PeftType | str | None] = None  # a str for a method that PEFT does not have
     PATTERNS: ClassVar[dict[str, str]] = {}  # field with values per path -> the field it overrides
     BEYOND: ClassVar[frozenset[str]] = frozenset()  # fields beyond PEFT's: written only where set
+    CONTEXT: ClassVar[tuple[str, ...]] = ()  # arguments of a call that the adapters read
     TARGETS: ClassVar[dict[str, Any]] = {}  # PEFT's choice of layers per architecture
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
@@ -140,9 +78,23 @@ class PeftConfig:
             f"{type(self).__name__} is the base of all configs; use a method's own config"
         )
 
-    def build(self, site: Site) -> Adapter:
-        """The adapter at one site."""
-        return self.adapter()(self.at(site.path, site.parameter), site)
+    def share(self, sites: Sequence[Site]) -> Shared | None:
+        """What the adapters at these sites have in common, built once."""
+        return None
+
+    def build(self, host: Host, key: str, shared: Shared | None) -> Adapter:
+        """The adapter at one place of a host; one for each slice of a stacked weight."""
+        site, cls = host.need_site(key), self.adapter()
+        config = self.at(site.path, site.parameter)
+        if site.lead and not cls.stacked:
+            from .methods.stack import Stack
+
+            return Stack(cls, config, site, shared)
+        return cls(config, site, shared)
+
+    def before(self, model: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Values for the adapters of one call of the model, from its inputs."""
+        return {}
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term of the training loss, from one name's adapters by path; the engine adds it."""
@@ -157,19 +109,18 @@ class PeftConfig:
         return cls.after_step is not PeftConfig.after_step
 
     def at(self: C, path: str, parameter: str = "weight") -> C:
-        """This config with the values that its patterns give for one path."""
-        changes: dict[str, Any] = {}
+        """This config with the values that hold at one path."""
+        changes = self.changes(path, parameter)
+        return replace(self, **changes) if changes else self
+
+    def changes(self, path: str, parameter: str) -> dict[str, Any]:
+        """The fields that have another value at a path, by the patterns."""
+        found: dict[str, Any] = {}
         for name, target in self.PATTERNS.items():
             for key, value in (getattr(self, name) or {}).items():
-                if pattern_matches(key, path, parameter):
-                    changes[target] = value
-                    break
-        if not changes:
-            return self
-        new = replace(self)
-        for target, value in changes.items():
-            setattr(new, target, value)
-        return new
+                if target not in found and pattern_matches(key, path, parameter):
+                    found[target] = value
+        return found
 
     # -- PEFT's JSON
 
@@ -178,7 +129,8 @@ class PeftConfig:
         out = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in self.BEYOND or value not in (None, {}, [], False):
+            unset = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name not in self.BEYOND or value != unset:
                 out[f.name] = (
                     asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
                 )
@@ -257,9 +209,31 @@ class PeftConfig:
         return cls(**{k: v for k, v in data.items() if k in known and k != "runtime_config"})
 
 
+# fields that every config has here, and some have in PEFT
+OPTIONAL = frozenset(
+    "exclude_modules layers_to_transform layers_pattern bias fan_in_fan_out modules_to_save "
+    "target_parameters trainable_token_indices overrides allow_unmatched".split()
+)
+
+
+def beyond(peft: str) -> frozenset[str]:
+    """The optional fields that a config of PEFT lacks; ``peft`` are those that it has.
+
+    "layers" stands for ``layers_to_transform`` and ``layers_pattern``, "exclude" for
+    ``exclude_modules``, "save" for ``modules_to_save``, "fan" for ``fan_in_fan_out``.
+    """
+    words = {
+        "layers": "layers_to_transform layers_pattern",
+        "exclude": "exclude_modules",
+        "save": "modules_to_save",
+        "fan": "fan_in_fan_out",
+    }
+    return OPTIONAL.difference(*(words.get(word, word).split() for word in peft.split()))
+
+
 @dataclass
 class TargetConfig(PeftConfig):
-    """A config of a method that sits at layers; see ``engine/match.py`` for how they are chosen.
+    """A config of a method that sits at layers; see ``targets/match.py`` for how they are chosen.
 
     Args:
         target_modules: names that a layer's path ends with, or a regex for the whole path, or
@@ -269,6 +243,13 @@ class TargetConfig(PeftConfig):
         modules_to_save: modules that are trained as a whole and saved with the adapter.
         layers_to_transform: indices of the blocks to adapt.
         layers_pattern: the name in front of those indices, e.g. ``"layers"``.
+        bias: biases that train too: "none", "all", or those of the adapted layers, "<method>_only".
+        fan_in_fan_out: PEFT's note of transposed weights; here the layer's type says so.
+        target_parameters: names of bare parameters to adapt, such as stacked expert weights.
+        trainable_token_indices: ids, or {embedding: ids}, of tokens whose rows train.
+        overrides: {regex for the end of a path: {field: value there}}, of any of the method's own
+            fields.
+        allow_unmatched: whether a pattern that matches nothing is only a warning.
     """
 
     target_modules: Any = None
@@ -276,12 +257,17 @@ class TargetConfig(PeftConfig):
     modules_to_save: Any = None
     layers_to_transform: Any = None
     layers_pattern: Any = None
-    # whether a pattern that matches nothing is only a warning
+    bias: str = field(default="none", kw_only=True)
+    fan_in_fan_out: bool = field(default=False, kw_only=True)
+    target_parameters: Any = field(default=None, kw_only=True)
+    trainable_token_indices: Any = field(default=None, kw_only=True)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
     allow_unmatched: bool = field(default=False, kw_only=True)
 
-    BEYOND = frozenset({"allow_unmatched"})
+    BEYOND = beyond("exclude layers save")
     SUBSETS: ClassVar[tuple[str, ...]] = ()  # fields whose entries mean some of the adapted layers
     EMBEDDINGS: ClassVar[bool] = False  # without target_modules, the input embedding is meant
+    WHOLE: ClassVar[bool] = False  # it sits at whole modules, of any type
 
     def prepare(self, offer: Offer) -> None:
         """Spell out what the config means in this model."""
@@ -295,6 +281,13 @@ class TargetConfig(PeftConfig):
 
         return companions(match, targets)
 
+    def changes(self, path: str, parameter: str) -> dict[str, Any]:
+        found = super().changes(path, parameter)
+        for key, values in self.overrides.items():
+            if pattern_matches(key, path, parameter):
+                found |= values
+        return found
+
     def settle(self, model_type: str, paths: Sequence[str]) -> None:
         """Fill in what depends on the architecture, once the adapted layers are known."""
 
@@ -304,6 +297,13 @@ class TargetConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
+            only = f"{self.method.lower()}_only"
+            check_choice(self.bias, "bias", ("none", "all", only))
+        own = {f.name for f in fields(self)} - OPTIONAL - {f.name for f in fields(PeftConfig)}
+        for pattern, values in self.overrides.items():
+            for name in values:
+                check_choice(name, f"overrides[{pattern!r}]", sorted(own - {"target_modules"}))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))

@@ -16,6 +16,7 @@ layer it is at: geometry is the site's.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,35 +29,89 @@ if TYPE_CHECKING:
     from .host import Beneath
 
 
-class Adapter(nn.Module):
+class Part(nn.Module):
+    """Tensors of an adapter that are kept together, with their names in a PEFT file."""
+
+    keys: ClassVar[dict[str, str]] = {}  # tensor name here -> its name in a PEFT file
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}  # what a schedule remembers from step to step
+
+    @property
+    def dtype(self) -> torch.dtype:
+        every = itertools.chain(self.parameters(), self.buffers())
+        return next((t.dtype for t in every if t.is_floating_point()), torch.float32)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What is saved, under PEFT's names."""
+        return {self.keys[n]: t for n, t in self.state_dict(keep_vars=True).items()}
+
+    def expects(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes that a file saved with ``config`` has, under PEFT's names."""
+        return {key: tuple(tensor.shape) for key, tensor in self.file_tensors().items()}
+
+    def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        """Take the values of a file, under PEFT's names."""
+        for name, mine in self.state_dict(keep_vars=True).items():
+            if (key := self.keys[name]) in tensors:
+                mine.copy_(tensors[key])
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a schedule needs to be resumed beyond the file, such as its statistics."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers()), **self.seen}
+
+    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what ``training_state`` gave."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, mine in own.items():
+            mine.copy_(tensors[name])
+        device = next(self.parameters()).device
+        self.seen = {n: t.to(device).clone() for n, t in tensors.items() if n not in own}
+
+
+class Shared(Part):
+    """What all the adapters of one name have in common; in a PEFT file it stands at the root."""
+
+    def start(self) -> None:
+        """Fill the tensors with the values that training starts from; not called on loading."""
+
+
+class Adapter(Part):
     """One method at one site.
 
     Args:
         config: the method's config, already resolved for this site's path.
         site: the layer's geometry; ``site.shape`` is (out, in), ``site.lead`` the axes of stacked
             weights.
+        shared: what ``config.share`` made for all adapters of this name.
     """
 
-    keys: ClassVar[dict[str, str]] = {}  # tensor name here -> its name in a PEFT file
+    stacked: ClassVar[bool] = False  # whether it takes weights with leading axes, as of experts
     replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
-    scale: float = 1.0
+    FORBIDS: ClassVar[dict[str, str]] = {}  # capability -> why mathematics forbids it
+    scale: float | Tensor = 1.0
+    skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
     linear: ClassVar[str] = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
 
-    def __init__(self, config: Any = None, site: Site | None = None) -> None:
+    def __init__(
+        self, config: Any = None, site: Site | None = None, shared: Shared | None = None
+    ) -> None:
         super().__init__()
-        self.seen: dict[str, Tensor] = {}  # what a schedule remembers from step to step
+        self.common = (shared,)  # in a tuple: referred to, not owned
+
+    @property
+    def shared(self) -> Any:
+        """What the adapters of this name have in common, where the method has that."""
+        return self.common[0]
 
     def start(self, site: Site) -> None:
         """Fill the tensors with the values that training starts from; not called on loading."""
 
     def derive(self, site: Site) -> None:
         """Compute what follows from the base weight and is in no file; always called."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The adapted weight (..., out, in) and bias (out,)."""
@@ -71,15 +126,22 @@ class Adapter(nn.Module):
         w, b = layer.weights()
         return layer.site.apply(x, self.fold(w.mT, None)[0].mT, b)
 
+    def skipped(self) -> bool:
+        """Whether this forward goes without the adapter (``module_dropout`` in PEFT)."""
+        return self.training and self.skip > 0 and bool(torch.rand(()) < self.skip)
+
     def instead(self) -> nn.Module | None:
         """A module that runs in the layer's place, where this part has one."""
         return None
 
     def precise(self) -> Adapter:
         """This adapter with at least fp32 tensors, for merging."""
-        return (
-            copy.deepcopy(self).float() if self.dtype.itemsize < 4 and not self.replaces else self
-        )
+        if self.dtype.itemsize >= 4 or self.replaces:
+            return self
+        new = copy.deepcopy(self).float()
+        if new.shared is not None:
+            new.shared.float()
+        return new
 
     def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
         """What PEFT's file holds for the other end of a tied weight, a copy in other words."""
@@ -98,37 +160,21 @@ class Adapter(nn.Module):
         return None
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What is saved, under PEFT's names."""
-        tensors = {self.keys[n]: t for n, t in self.state_dict(keep_vars=True).items()}
+        tensors = super().file_tensors()
         if self.times != 1:
             tensors[self.keys[self.linear]] = getattr(self, self.linear) / self.times
         return tensors
 
-    def expects(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """The shapes that a file saved with ``config`` has, under PEFT's names."""
-        return {key: tuple(tensor.shape) for key, tensor in self.file_tensors().items()}
-
     def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
-        """Take the values of a file, under PEFT's names."""
-        for name, mine in self.state_dict(keep_vars=True).items():
-            if (key := self.keys[name]) in tensors:
-                mine.copy_(tensors[key] * self.times if name == self.linear else tensors[key])
-
-    def training_state(self) -> dict[str, Tensor]:
-        """What a schedule needs to be resumed beyond the file, such as its statistics."""
-        return {**dict(self.named_parameters()), **dict(self.named_buffers()), **self.seen}
-
-    def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what ``training_state`` gave."""
-        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        for name, mine in own.items():
-            mine.copy_(tensors[name])
-        device = next(self.parameters()).device
-        self.seen = {n: t.to(device).clone() for n, t in tensors.items() if n not in own}
+        super().take(tensors, config)
+        if self.times != 1 and self.keys[self.linear] in tensors:
+            getattr(self, self.linear).mul_(self.times)
 
 
 class Additive(Adapter):
     """W + delta(): give ``delta``, and ``branch`` too where there is a cheaper way to apply it."""
+
+    dropout: nn.Module = nn.Identity()  # on the branch's input
 
     def delta(self) -> Tensor:
         """The update (..., out, in)."""
@@ -141,8 +187,12 @@ class Additive(Adapter):
         """The update applied to x."""
         return site.apply(x, self.delta())
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """The branch's input in training; ids have no dropout."""
+        return self.dropout(x) if x.is_floating_point() else x
+
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        return layer(x) + self.branch(x, layer.site)
+        return layer(x) + self.branch(self.dropped(x), layer.site)
 
     def delta_norm(self, w: Tensor) -> float:
         return float(self.delta().norm())
@@ -152,7 +202,6 @@ class LowRank(Additive):
     """delta = B A with A (..., r, in) and B (..., out, r): many methods are only ``factors``."""
 
     r: int
-    dropout: nn.Module = nn.Identity()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
@@ -166,8 +215,7 @@ class LowRank(Additive):
         return b @ a
 
     def branch(self, x: Tensor, site: Site) -> Tensor:
-        a, b = self.factors()
-        return site.low_rank(self.dropout(x) if x.is_floating_point() else x, a, b)
+        return site.low_rank(x, *self.factors())
 
     def forward_transposed(self, x: Tensor, layer: Beneath) -> Tensor:
         a, b = self.factors()

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ..errors import MergeError, StateError
 from . import rows as mixed
-from .adapter import Adapter
+from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
 from .switch import BASE, Switch
 
@@ -78,13 +78,14 @@ class Host(nn.Module):
             groups.setdefault(() if name == BASE else self.present((name,)), []).append(i)
         if len(groups) == 1:
             return self.choose(next(iter(groups)), args, kwargs)
-        device = next(self.parameters()).device
+        device, call = next(self.parameters()).device, self.switch.current()
         parts, order = [], []
         for names, index in groups.items():
             where = torch.tensor(index, device=device)
-            parts.append(
-                self.choose(names, mixed.take(args, where, n), mixed.take(kwargs, where, n))
-            )
+            context = mixed.take(call.context, where // (n // len(rows)), len(rows))
+            with self.switch.call(names, None, **context) if context else nullcontext():
+                taken = mixed.take(args, where, n), mixed.take(kwargs, where, n)
+                parts.append(self.choose(names, *taken))
             order.extend(index)
         return mixed.join(parts, torch.tensor(order, device=device).argsort())
 
@@ -105,15 +106,19 @@ class Host(nn.Module):
     def parts_of(self, name: str) -> list[tuple[str, Adapter]]:
         """The parts of one adapter at this layer, with their keys; none where it is not here."""
         parts: Any = self.adapters[name] if name in self.adapters else {}
-        return list(parts.items())
+        return [(key, part) for key, part in parts.items() if isinstance(part, Adapter)]
+
+    def shared_of(self, name: str) -> Shared | None:
+        """What the parts of an adapter share, where this layer keeps it."""
+        parts: Any = self.adapters[name] if name in self.adapters else {}
+        return next((part for part in parts.values() if isinstance(part, Shared)), None)
 
     def set_requires_grad(self, names: str | Sequence[str], on: bool = True) -> None:
         """Freeze or unfreeze adapters at this layer."""
-        for name in (names,) if isinstance(names, str) else names:
-            for _, part in self.parts_of(name):
-                for parameter in part.parameters():
-                    if parameter.is_floating_point():
-                        parameter.requires_grad_(on)
+        for name in self.present((names,) if isinstance(names, str) else tuple(names)):
+            for parameter in self.adapters[name].parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(on)
 
     def hidden(self, names: tuple[str, ...]) -> str | None:
         """Which of these adapters has no effect here, in words; None where all have one."""
@@ -130,10 +135,10 @@ class Host(nn.Module):
         assert site is not None
         return site
 
-    def adopt(self, name: str, key: str, part: Adapter) -> None:
-        """Take a part of an adapter in."""
-        parts = dict(self.parts_of(name))
-        self.adapters[name] = nn.ModuleDict({**parts, key: part.train(self.training)})
+    def adopt(self, name: str, key: str, part: Part) -> None:
+        """Take a part of an adapter in, or what all its parts share."""
+        parts = self.adapters._modules  # not through ModuleDict, to which "keys" is no name
+        parts.setdefault(name, nn.ModuleDict())._modules[key] = part.train(self.training)
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The parameters that would do what the base and these adapters do, in fp32 or better."""
@@ -158,6 +163,9 @@ class Host(nn.Module):
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
+        for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
+            if reason := part.FORBIDS.get("merge"):
+                raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")
         with no_autocast(self.base_layer):
             for key, value in self.folded(names) if names else ():
                 old = self.pristine(key)
@@ -258,12 +266,27 @@ class Beneath:
     def context(self) -> Any:
         return self.host.switch.current().context
 
+    def rows(self, key: str, n: int) -> Any:
+        """A value of this call for each of ``n`` inputs; beams of a row stand next to each other.
+
+        Raises:
+            StateError: the call gave none.
+        """
+        value = self.context.get(key)
+        if value is None:
+            raise StateError(
+                f"{self.site.path} needs {key}, one for each row: model(..., {key}=...)"
+            )
+        return value if len(value) == n else value.repeat_interleave(n // len(value), 0)
+
     def __call__(self, x: Tensor) -> Tensor:
         if not self.parts:
             return cast(self.call(cast(x, self.base)), self.want)
         top = self.parts[-1]
         want = None if self.base is None else top.dtype  # under autocast nobody casts but autocast
         below = Beneath(self.host, self.parts[:-1], self.call, self.base, want)
+        if top.skipped():
+            return cast(below(x), self.want)
         if not self.site.linear:
             return cast(Adapter.forward(top, x, below), self.want)
         return cast(top(cast(x, want), below), self.want)

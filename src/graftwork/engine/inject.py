@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +13,24 @@ from torch import nn
 
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, warn
-from .adapter import Adapter
+from ..targets.offer import Offer
+from .adapter import Adapter, Shared
 from .host import Host, LayerHost, no_autocast
 from .module import ModuleHost
-from .offer import Offer
-from .plan import Key, Slot, plan
+from .plan import MAIN, Key, Slot, plan
 from .schedule import Schedule
 from .site import kind_of
 from .switch import BASE, Switch
 from .ties import Tied
 from .tree import hosts, inside, parameters, put, walk
 
-Built = dict[Key, tuple[Host, Adapter]]
+
+@dataclass
+class Built:
+    """Parts that are not yet in place, and what they share."""
+
+    parts: dict[Key, tuple[Host, Adapter]]
+    shared: Shared | None
 
 
 def inject(
@@ -59,7 +66,8 @@ def inject(
             "adapters are merged into this model: unmerge_adapter() first, then add another"
         )
     config = copy.deepcopy(config)
-    built = build(model, plan(Offer(model), config), switch, start=start, autocast=autocast)
+    slots = plan(Offer(model), config)
+    built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
     if not switch.configs:
         switch.trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
@@ -67,7 +75,7 @@ def inject(
     _place(model, name, built, meta)
     switch.configs[name] = config
     switch.activate(switch.active or (name,))
-    for host in {id(h): h for h, _ in built.values()}.values():
+    for host in {id(h): h for h, _ in built.parts.values()}.values():
         host.set_requires_grad(name, not config.inference_mode and name in switch.active)
     _follow(switch, name, config, built)
     return switch
@@ -96,42 +104,68 @@ def check_name(name: str, taken: Any) -> None:
 
 
 def build(
-    model: nn.Module, slots: list[Slot], switch: Switch, *, start: bool, autocast: bool
+    model: nn.Module,
+    slots: list[Slot],
+    config: TargetConfig,
+    switch: Switch,
+    *,
+    start: bool,
+    autocast: bool,
 ) -> Built:
     """The parts and their hosts, not yet in place."""
     modules = dict(walk(model))
-    made: dict[int, Host] = {}
-    built: Built = {}
+    found: dict[int, Host] = {}
     for slot in slots:
         module = modules[slot.path]
-        if isinstance(module, Host):
-            host = module
-        else:
+        if not isinstance(module, Host):
             kind = LayerHost if kind_of(module) else ModuleHost
-            host = made.setdefault(id(module), kind(module, switch, slot.path))
+            module = found.get(id(module)) or kind(module, switch, slot.path)
+        found[id(inside(module))] = module
+    places = [(slot, found[id(inside(modules[slot.path]))]) for slot in slots]
+    sites = [host.site_of(slot.key) for slot, host in places if slot.level == MAIN]
+    dtype = _dtype(places[0][1], autocast)
+    with _building(places[0][1]):
+        shared = config.share([site for site in sites if site is not None])
+        if shared is not None:
+            if start:
+                shared.start()
+            shared.to(dtype)
+    built = Built({}, shared)
+    for slot, host in places:
         if slot.source is not None:
-            part: Adapter = Tied(built[slot.source][1], slot.transposed, slot.saved)
+            source = built.parts[slot.source][1]
+            part: Adapter = Tied(source, slot.transposed, slot.saved)
         else:
-            part = _make(slot, host, start=start, autocast=autocast)
+            part = _make(slot, host, shared, start=start, autocast=autocast)
         part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
-        built[slot.path, slot.key] = host, part
+        built.parts[slot.path, slot.key] = host, part
     return built
 
 
-def _make(slot: Slot, host: Host, *, start: bool, autocast: bool) -> Adapter:
-    assert slot.build is not None
+def _dtype(host: Host, autocast: bool) -> torch.dtype:
     weight = next(host.base_layer.parameters(), torch.empty(0))
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    if autocast:
-        dtype = torch.promote_types(dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32) if autocast else dtype
+
+
+@contextmanager
+def _building(host: Host) -> Iterator[None]:
+    """New tensors are fp32 and on the layer's device; nothing is recorded or cast."""
+    weight = next(host.base_layer.parameters(), torch.empty(0))
     with _fresh(weight.device), torch.no_grad(), no_autocast(host.base_layer):
-        part = slot.build(host)
+        yield
+
+
+def _make(slot: Slot, host: Host, shared: Shared | None, *, start: bool, autocast: bool) -> Adapter:
+    assert slot.build is not None
+    with _building(host):
+        part = slot.build(host, shared)
         if (site := host.site_of(slot.key)) is None or part.instead() is not None:
             return part
         part.derive(site)
         if start:
             part.start(site)
-        return part.to(dtype)
+        return part.to(_dtype(host, autocast))
 
 
 @contextmanager
@@ -150,7 +184,11 @@ def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
     everywhere: dict[int, list[str]] = {}  # a module that is shared stands at several paths
     for path, module in walk(model):
         everywhere.setdefault(id(inside(module)), []).append(path)
-    for (_, key), (host, part) in built.items():
+    owner = next(iter(built.parts.values()))[0]
+    every = [*built.parts.items(), *([((owner.path, "shared"), (owner, built.shared))])]
+    for (_, key), (host, part) in every:
+        if part is None:
+            continue
         if meta:
             _to_meta(part)
         host.adopt(name, key, part)
@@ -167,7 +205,7 @@ def _called(*_: Any) -> None:
     """A hook that does nothing."""
 
 
-def _to_meta(part: Adapter) -> None:
+def _to_meta(part: nn.Module) -> None:
     for module in part.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -177,19 +215,19 @@ def _to_meta(part: Adapter) -> None:
 def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:
     """Register the schedule of an adapter whose config has one, or a penalty."""
     if type(config).penalty is not PeftConfig.penalty or config.has_schedule():
-        own = config.adapter()
-        parts = {
-            host.need_site(key).name: p
-            for (_, key), (host, p) in built.items()
-            if isinstance(p, own)
-        }
+        own, parts = config.adapter(), {}
+        for (_, key), (host, part) in built.parts.items():
+            inner = [m for m in part.modules() if isinstance(m, own)]  # a stack has several
+            for i, one in enumerate(inner):
+                at = host.need_site(key).name
+                parts[at if one is part else f"{at}[{i}]"] = one
         switch.schedules[name] = Schedule(config, parts)
 
 
 def _warn_of_high_rank(built: Built) -> None:
     high = [
         f"r={part.rank()} at {path} {site.describe()}"
-        for (path, key), (host, part) in built.items()
+        for (path, key), (host, part) in built.parts.items()
         if (site := host.site_of(key)) and (part.rank() or 0) > min(site.shape)
     ]
     if high:

@@ -53,6 +53,8 @@ class ModuleHost(Host):
         """The parameters after folding, by name."""
         new: dict[str, Tensor] = {}
         for key, part in above:
+            if part.skipped():
+                continue
             site = self.need_site(key)
             name = site.parameter
             stored = site.raw if copy is None else copy.get_parameter(name)

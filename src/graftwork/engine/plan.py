@@ -9,11 +9,11 @@ from torch import nn
 
 from ..config import TargetConfig
 from ..errors import warn
-from .adapter import Adapter
+from ..targets.match import Match
+from ..targets.offer import Offer, Target
+from .adapter import Adapter, Shared
 from .host import Host
-from .match import Match
 from .module import part_key
-from .offer import Offer, Target
 from .site import Conv1D, Embedding, Site, kind_of
 
 Key = tuple[str, str]  # path, key of the part there
@@ -26,7 +26,7 @@ class Slot:
 
     path: str
     key: str
-    build: Callable[[Host], Adapter] | None
+    build: Callable[[Host, Shared | None], Adapter] | None
     prefix: str = ""
     level: int = MAIN
     source: Key | None = None  # the part at the other end of a tied weight, instead of ``build``
@@ -66,9 +66,9 @@ def _main(config: TargetConfig, targets: list[Target]) -> Iterator[Slot]:
         yield slot
 
 
-def at(config: TargetConfig, key: str) -> Callable[[Host], Adapter]:
+def at(config: TargetConfig, key: str) -> Callable[[Host, Shared | None], Adapter]:
     """How a config's own part at a key is built."""
-    return lambda host: config.build(host.need_site(key))
+    return lambda host, shared: config.build(host, key, shared)
 
 
 def _prefix(target: Target, targets: list[Target]) -> str:

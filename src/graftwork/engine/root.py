@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,11 +67,23 @@ class Grafted(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward; ``adapter_names``: one for each row, ``"__base__"`` for none."""
+        with self.calling(adapter_names, args, kwargs):
+            return self._forward(self.switch, args, kwargs)
+
+    def calling(self, names: Sequence[str] | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A context for one call; takes from ``kwargs`` what adapters read."""
         switch = self.switch
-        if adapter_names is not None:
-            with switch.call(switch.active, self.rows(adapter_names, (args, kwargs))):
-                return self._forward(switch, args, kwargs)
-        return self._forward(switch, args, kwargs)
+        now = switch.current()
+        context: dict[str, Any] = {}
+        for config in switch.configs.values():
+            context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
+        for name in names or now.active:
+            if name in switch.configs:
+                context |= switch.configs[name].before(self.model, args, kwargs)
+        if names is None and not context:
+            return nullcontext()
+        rows = now.rows if names is None else self.rows(names, (args, kwargs))
+        return switch.call(now.active, rows, **{**now.context, **context})
 
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learning = self.training and torch.is_grad_enabled()
@@ -208,7 +220,7 @@ class Grafted(nn.Module):
 
         tables: list[Any] = [switch.configs, switch.schedules]
         for host in self.hosts().values():
-            tables.append(host.adapters)
+            tables.append(host.adapters._modules)
             host.merged_adapters = named(host.merged_adapters)
         for table in tables:  # in place, and in the same order
             values = list(table.values())

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Adapter
+from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
 
 PREFIX = "base_model.model."
+ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
+MARK = "."  # in front of such a name here: no module's path begins so
 
 
 @dataclass
@@ -64,7 +66,7 @@ class LoadReport:
 class Owned:
     """One part of an adapter in a model, and the front of its names in a file."""
 
-    part: Adapter
+    part: Part
     front: str
     config: Any  # resolved for the part's path
 
@@ -78,7 +80,16 @@ def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
             site = host.site_of(key)
             at = own.at(path, site.parameter if site else "weight")
             found.append(Owned(part, f"{path}.{part.prefix}", at))
+        if (shared := host.shared_of(name)) is not None:
+            found.append(Owned(shared, MARK, own))
     return found
+
+
+def full(plain: str, wrapped: bool = True) -> str:
+    """The name in a file; ``wrapped``: of a model with a wrapper around it."""
+    if plain.startswith(MARK):
+        return (ROOT if wrapped else "") + plain.removeprefix(MARK)
+    return (PREFIX if wrapped else "") + plain
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -86,9 +97,9 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for o in owned(model, name):
         for key, tensor in o.part.file_tensors().items():
-            full = o.front + key
-            assert full not in out, f"two tensors would be saved as {full}"
-            out[full] = tensor.detach()
+            plain = o.front + key
+            assert plain not in out, f"two tensors would be saved as {plain}"
+            out[plain] = tensor.detach()
     return out
 
 
@@ -119,10 +130,10 @@ def compare(
     want, report, found = expected(parts), LoadReport(), {}
     base = _embeddings(model, tensors, want)
     for key in tensors:
-        plain = renamed(key, key_mapping)
+        plain = renamed(key, key_mapping, want)
         if plain in want or plain in base:
             found[plain] = key
-            if key != plain and key != PREFIX + plain:
+            if key not in (full(plain), full(plain, wrapped=False)):
                 report.renamed[key] = plain
             shape = want[plain][2] if plain in want else tuple(base[plain].shape)
             if tuple(tensors[key].shape) != tuple(shape):
@@ -133,7 +144,7 @@ def compare(
                 report.matched.append(key)
         elif not _double(plain, parts):
             report.unexpected.append(key)
-    report.missing = [PREFIX + key for key in want if key not in found]
+    report.missing = [full(key) for key in want if key not in found]
     return report, found
 
 
@@ -173,7 +184,7 @@ def fill(
             weight.copy_(tensors[found[plain]])
 
 
-def _materialise(part: Adapter, device: torch.device) -> None:
+def _materialise(part: nn.Module, device: torch.device) -> None:
     for module in part.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
@@ -182,13 +193,15 @@ def _materialise(part: Adapter, device: torch.device) -> None:
                 )
 
 
-def renamed(key: str, key_mapping: Mapping[str, str] | None) -> str:
+def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:
+    """A file's name as it is here; ``want``: the names of the adapter."""
     plain = key.removeprefix(PREFIX)
     for pattern, replacement in (key_mapping or {}).items():
         new, count = re.subn(pattern, replacement, plain)
         if count:
             return new
-    return plain
+    root = MARK + plain.removeprefix(ROOT)
+    return root if root in want else plain
 
 
 def _embeddings(
@@ -230,7 +243,7 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
 
 def _double(plain: str, parts: list[Owned]) -> bool:
     """PEFT with bias='all' writes the biases of a saved module two times more."""
-    fronts = {o.front for o in parts if o.part.instead() is not None}
+    fronts = {o.front for o in parts if isinstance(o.part, Adapter) and o.part.instead()}
     return any(
         plain.startswith(f + inner)
         for f in fronts

@@ -1,6 +1,5 @@
-"""AdaLoRA (arXiv 2303.10512): W + s P diag(e) Q, s = alpha / r, with P and Q near orthogonal. While
-training, the model's least important triplets (P_i, e_i, Q_i) are masked: from init_r to target_r.
-"""
+"""AdaLoRA (arXiv 2303.10512): W + s P diag(e) Q, s = alpha / r, P and Q near orthogonal; training
+masks the model's least important triplets (P_i, e_i, Q_i), from init_r to target_r."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ class AdaLoraConfig(LoraConfig):
         return AdaLoRA
 
     def at(self, path: str, parameter: str = "weight") -> AdaLoraConfig:
-        new = replace(self)
+        new = replace(super().at(path, parameter))
         new.mask = (self.rank_pattern or {}).get(f"{path}.lora_E")  # type: ignore[misc]
         return new
 
@@ -93,9 +92,10 @@ class AdaLoRA(LowRank):
     """A = Q (r, in), B = P (out, r), E = e (r, 1); E is zero at the start."""
 
     keys: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
+    stacked = True
     kept: Tensor  # (..., r), which triplets are not masked
 
-    def __init__(self, config: AdaLoraConfig, site: Site) -> None:
+    def __init__(self, config: AdaLoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         r = config.init_r if config.mask is None else sum(config.mask)
         shapes = (r, site.shape[1]), (site.shape[0], r), (r, 1)

@@ -9,17 +9,17 @@ from torch import nn
 
 from ..engine.adapter import Adapter
 from ..engine.host import Host
-from ..engine.match import Match, within
 from ..engine.module import part_key
 from ..engine.plan import ABOVE, BENEATH, Slot, at
 from ..engine.site import ParameterSite, kind_of
 from ..errors import StateError
+from ..targets.match import Match, within
 from .experts import spell_out
 from .whole import Bias, Copy, Whole
 
 if TYPE_CHECKING:
     from ..config import TargetConfig
-    from ..engine.offer import Offer, Target
+    from ..targets.offer import Offer, Target
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -30,7 +30,7 @@ HEADS = {
 
 def prepare(config: TargetConfig, offer: Offer) -> None:
     """Spell out what a config means in a model: the heads of its task, and stacked experts."""
-    if hasattr(config, "target_parameters"):
+    if hasattr(config, "rank_pattern"):
         spell_out(config, offer)
     wanted = HEADS.get(getattr(config.task_type, "value", ""), ())
     saved = list(config.modules_to_save or ())
@@ -58,14 +58,14 @@ def _saved(match: Match) -> Iterator[Slot]:
                 f"modules_to_save names {path}, in which another adapter already sits; name a "
                 "module beside it, or delete that adapter first"
             )
-        yield Slot(path, "copy", lambda host: Copy(host.base_layer, host.path), level=ABOVE)
+        yield Slot(path, "copy", lambda host, _: Copy(host.base_layer, host.path), level=ABOVE)
 
 
 def _tokens(match: Match) -> Iterator[Slot]:
     from .tokens import TrainableTokensConfig
 
     field = "trainable_token_indices"
-    wanted = getattr(match.config, field, None)
+    wanted = match.config.trainable_token_indices
     if wanted and not isinstance(wanted, dict):
         wanted = {match.offer.input_embedding(): wanted}
     for entry, indices in (wanted or {}).items():
@@ -75,12 +75,12 @@ def _tokens(match: Match) -> Iterator[Slot]:
 
 
 def _biases(match: Match, targets: list[Target]) -> Iterator[Slot]:
-    wanted, chosen = getattr(match.config, "bias", "none"), {t.path for t in targets}
+    wanted, chosen = match.config.bias, {t.path for t in targets}
     saved = match.saved()
     for path, layer in match.offer.modules.items() if wanted != "none" else ():
         if layer._parameters.get("bias") is None or within(path, saved):
             continue
-        if wanted == "lora_only" and path not in chosen:
+        if wanted.endswith("_only") and path not in chosen:
             continue
         parent, _, name = path.rpartition(".")
         if isinstance(match.offer.modules.get(parent), nn.MultiheadAttention):
@@ -88,13 +88,13 @@ def _biases(match: Match, targets: list[Target]) -> Iterator[Slot]:
             yield _parameter(parent, f"{name}.bias", prefix)
         elif kind_of(layer):
             prefix = "base_layer." * (path in chosen)
-            yield Slot(path, "bias", lambda host: Bias(host.need_site("bias")), prefix, BENEATH)
+            yield Slot(path, "bias", lambda host, _: Bias(host.need_site("bias")), prefix, BENEATH)
         else:
             yield _parameter(path, "bias")
 
 
 def _parameter(path: str, name: str, prefix: str = "") -> Slot:
-    def build(host: Host) -> Adapter:
+    def build(host: Host, _: object) -> Adapter:
         return Whole(ParameterSite(host, name))
 
     return Slot(path, part_key(name), build, prefix, BENEATH)

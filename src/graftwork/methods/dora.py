@@ -14,7 +14,7 @@ from .lora import LoRA, LoraConfig
 class DoRA(LoRA):
     """LoRA whose rows are rescaled to learned norms m (out,)."""
 
-    def __init__(self, config: LoraConfig, site: Site) -> None:
+    def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         if config.lora_bias or config.ensure_weight_tying:
             raise ValueError("DoRA has no lora_bias or ensure_weight_tying; leave those out")
@@ -41,7 +41,7 @@ class DoRA(LoRA):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         w, b = layer.weights()
         bias = 0 if b is None else layer.site.outputs(b)
-        update = layer(x) - bias + self.branch(x, layer.site)
+        update = layer(x) - bias + self.branch(self.dropped(x), layer.site)
         return layer.site.outputs(self.gain(w)) * update + bias
 
     forward_transposed = Adapter.forward_transposed

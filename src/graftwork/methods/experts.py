@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetError, warn
 
 if TYPE_CHECKING:
-    from ..engine.offer import Offer
+    from ..targets.offer import Offer
 
 # old name of a layer -> the parameter that it is a part of now
 _W = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}

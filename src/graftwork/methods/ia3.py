@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, pattern_matches
+from ..config import PeftType, TargetConfig, beyond, pattern_matches
 from ..engine.adapter import Adapter
 from ..engine.host import Beneath
 from ..engine.site import Site
@@ -21,13 +21,12 @@ class IA3Config(TargetConfig):
     """Learned gains, of the outputs; of the inputs in ``feedforward_modules``."""
 
     feedforward_modules: Any = None  # names or a regex, of some of the target layers
-    fan_in_fan_out: bool = False  # PEFT's note of transposed weights; here the layer's type says so
     init_ia3_weights: bool = True  # False: random gains
 
     METHOD = PeftType.IA3
     TARGETS = defaults.IA3
     SUBSETS = ("feedforward_modules",)
-    BEYOND = TargetConfig.BEYOND | {"layers_to_transform", "layers_pattern"}
+    BEYOND = beyond("exclude fan save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +58,7 @@ class IA3(Adapter):
     keys: ClassVar[dict[str, str]] = {"l": "ia3_l"}
     index: Tensor | None  # which input channel an entry of W reads, where it is not its column
 
-    def __init__(self, config: IA3Config, site: Site) -> None:
+    def __init__(self, config: IA3Config, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.feedforward = config.feeds_forward(site.path)
         self.random = not config.init_ia3_weights

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, check_choice, check_probability, check_rank
+from ..config import PeftType, beyond, check_probability, check_rank
 from ..engine.adapter import Adapter, LowRank
 from ..engine.host import Beneath
 from ..engine.site import Embedding, Site, as_factors
@@ -25,19 +25,16 @@ class LoraConfig(AbsentLoraOptions):
     r: int = 8  # rank
     lora_alpha: float = 8  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability, on the input of A, in training
-    fan_in_fan_out: bool = False  # PEFT's note of transposed weights; here the layer's type says so
-    bias: str = "none"  # biases that train too: "none", "all", "lora_only" (of adapted layers)
     use_rslora: bool = False
     init_lora_weights: bool | str = True  # or a name in inits.STARTS: "gaussian", "pissa", ...
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     alpha_pattern: Any = field(default_factory=dict)  # the same for lora_alpha
-    trainable_token_indices: Any = None  # ids, or {embedding: ids}, of tokens whose rows train
     use_dora: bool = False
     lora_bias: bool = False  # B has a bias
-    target_parameters: Any = None  # names of bare parameters, such as stacked expert weights
     ensure_weight_tying: bool = False  # an adapter on a tied weight acts at both ends
 
     METHOD = PeftType.LORA
+    BEYOND = beyond("exclude fan bias save layers target_parameters trainable_token_indices")
     PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     TARGETS = defaults.LORA
 
@@ -46,7 +43,6 @@ class LoraConfig(AbsentLoraOptions):
         ranks = (self.rank_pattern or {}).values() if "rank_pattern" in self.PATTERNS else ()
         for r in (self.r, *ranks):
             check_rank(r, "r")
-        check_choice(self.bias, "bias", ("none", "all", "lora_only"))
         check_probability(self.lora_dropout, "lora_dropout")
 
     def adapter(self) -> type[Adapter]:
@@ -64,10 +60,11 @@ class LoRA(LowRank):
 
     keys: ClassVar[dict[str, str]] = LINEAR_KEYS
     linear: ClassVar[str] = "B"
+    stacked = True
     A0: Tensor | None  # factors of a start that is taken away again: training begins at W
     B0: Tensor | None
 
-    def __init__(self, config: LoraConfig, site: Site) -> None:
+    def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.A, self.B = (nn.Parameter(torch.empty(n)) for n in site.factor_shapes(config.r))
         self.bias = nn.Parameter(torch.zeros(site.shape[0])) if config.lora_bias else None

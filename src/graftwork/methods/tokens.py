@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig
+from ..config import PeftType, TargetConfig, beyond
 from ..engine.adapter import Adapter
 from ..engine.host import Beneath
 from ..engine.site import Embedding, Site
@@ -23,9 +23,7 @@ class TrainableTokensConfig(TargetConfig):
 
     METHOD = PeftType.TRAINABLE_TOKENS
     EMBEDDINGS = True
-    BEYOND = TargetConfig.BEYOND | {
-        "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save"
-    }  # fmt: skip
+    BEYOND = beyond("")
 
     def adapter(self) -> type[Adapter]:
         return Tokens
@@ -38,7 +36,7 @@ class Tokens(Adapter):
     replaces = True
     indices: Tensor
 
-    def __init__(self, config: TrainableTokensConfig, site: Site) -> None:
+    def __init__(self, config: TrainableTokensConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.columns = isinstance(site, Embedding)  # else an output layer: a token is a row of W
         if not self.columns and not (site.pointwise and site.parameter == "weight"):

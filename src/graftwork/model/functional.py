@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, TargetConfig
 from ..engine import inject as injection
-from ..engine.offer import Offer
 from ..engine.root import Grafted, delete
 from ..engine.switch import Switch
 from ..engine.tree import hosts, inside, walk
@@ -19,6 +18,7 @@ from ..errors import FileError, StateError
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from ..targets.offer import Offer
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 
 
@@ -128,8 +128,7 @@ def get_peft_model_state_dict(
         save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))
     if save_embedding_layers:
         tensors.update(_embedding_tensors(inner, tensors, targeted))
-    prefix = codec.PREFIX if inner is not model else ""
-    return {prefix + key: tensor for key, tensor in tensors.items()}
+    return {codec.full(key, inner is not model): tensor for key, tensor in tensors.items()}
 
 
 def _targets_embeddings(model: nn.Module, name: str) -> bool:

@@ -137,13 +137,10 @@ class PeftModel(Reports):
     ) -> Any:
         """The model's ``generate``; ``adapter_names``: an adapter for each row of the batch."""
         model: Any = self.get_base_model()
-        if adapter_names is None:
-            return model.generate(*args, **kwargs)
         inputs = args or tuple(
             kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None
         )
-        rows = self.base_model.rows(adapter_names, inputs)
-        with self.base_model.switch.call(self.base_model.switch.active, rows):
+        with self.base_model.calling(adapter_names, inputs, kwargs):
             return model.generate(*args, **kwargs)
 
     @contextmanager

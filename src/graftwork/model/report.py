@@ -135,7 +135,7 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
                 adapter=name,
                 method=type(part).__name__,
                 rank=part.rank(),
-                scale=part.scale,
+                scale=float(part.scale),
                 dtype=str(like.dtype),
                 device=str(like.device),
                 active=name in switch.active and switch.enabled,

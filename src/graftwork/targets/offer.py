@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..engine.site import Standing, kind_of
+from ..engine.tree import inside, mark, parameters, walk
 from ..errors import TargetError
-from .site import Standing, kind_of
-from .tree import inside, mark, parameters, walk
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..config import TargetConfig, pattern_matches
+from ..engine.site import Conv1D, Site, kind_of
+from ..engine.tree import inside
 from ..errors import POLICY, TargetError, did_you_mean, nearest, warn
 from .offer import Offer, Target, leaf
-from .site import Conv1D, Site, kind_of
-from .tree import inside
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier", "qa_outputs")  # classification heads that the task classes train
@@ -47,7 +47,7 @@ class Match:
                 f"names {why}. {self.offer.table()}"
             )
         config.settle(self.offer.model_type, [t.path for t in kept])
-        for field in config.PATTERNS:
+        for field in [*config.PATTERNS, "overrides"]:
             self._need(
                 field, kept, lambda k, t: pattern_matches(k, t.path, t.parameter or "weight")
             )
@@ -82,7 +82,7 @@ class Match:
         """The modules that a field names, by what paths end with or a regex for whole paths."""
         if wanted is None:
             return []
-        adapted = field == "target_modules"
+        adapted = field == "target_modules" and not self.config.WHOLE
         known = [p for p in self.offer.modules if not adapted or self.offer.adaptable(p)]
         if isinstance(wanted, str):
             try:
@@ -108,8 +108,8 @@ class Match:
     def _at(self, path: str) -> list[Target]:
         """The places that a path in ``target_modules`` stands for."""
         found, module = self.offer.targets(path), self.offer.modules[path]
-        if found:
-            return found
+        if found or self.config.WHOLE:
+            return [Target(path, module)] if self.config.WHOLE else found
         kind = type(module).__name__
         if not any(True for _ in module.children()):
             problem = (

@@ -1,0 +1,1 @@
+"""Which layers a config means: what a model offers, and what of it a config names."""
