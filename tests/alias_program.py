@@ -28,8 +28,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402
 from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 
+from graftwork.testing.bench import shake  # noqa: E402
 from tiny import build, run  # noqa: E402
-from zoo import shake  # noqa: E402
 
 report: dict[str, Any] = {
     "spec": importlib.util.find_spec("peft") is not None,

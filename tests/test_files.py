@@ -35,8 +35,8 @@ from graftwork import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from graftwork.testing.bench import shake
 from tiny import build, run
-from zoo import shake
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
@@ -195,7 +195,7 @@ import sys
 from pathlib import Path
 from graftwork import LoraConfig, get_peft_model
 from tiny import build
-from zoo import shake
+from graftwork.testing.bench import shake
 
 models = []
 for r in (2, 3):

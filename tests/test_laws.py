@@ -10,7 +10,7 @@ import torch
 
 from graftwork.testing import laws
 from graftwork.testing.bench import Bench, close
-from zoo import CASES, MAIN, METHODS
+from specs import CASES, MAIN, METHODS
 
 COMPILED = [(m, k) for m, k in CASES if m in MAIN]
 PAIRED = ("linear", "conv2d", "conv2d_groups", "embedding", "attention", "experts")

@@ -20,8 +20,8 @@ from graftwork import (
 from graftwork.engine.site import KINDS, Site
 from graftwork.targets.match import Match
 from graftwork.targets.offer import Offer
+from graftwork.testing.bench import shake
 from tiny import MODELS, Plain, build
-from zoo import shake
 
 
 def sites(model: nn.Module, config: Any) -> list[str]:

@@ -22,8 +22,8 @@ from graftwork import (
     TrainingError,
     get_peft_model,
 )
+from graftwork.testing.bench import shake
 from tiny import IDS, build, enable_checkpointing, run
-from zoo import shake
 
 CONFIGS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=4, target_modules="all-linear"),

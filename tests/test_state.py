@@ -20,8 +20,8 @@ from graftwork import (
     TrainingError,
     get_peft_model,
 )
+from graftwork.testing.bench import shake
 from tiny import IDS, build, run
-from zoo import shake
 
 
 def adapted(*methods: Any) -> Any:

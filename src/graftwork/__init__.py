@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .table import CONFIGS
+
 __version__ = "0.1.0"
 
 _TASKS = (
@@ -16,10 +18,6 @@ _WHERE = {  # module -> the public names that it holds
     "errors": "FileError GraftworkError MergeError PeftWarning StateError TargetError "
     "TrainingError",
     "table": "METHODS register",
-    "methods.lora": "LoraConfig",
-    "methods.adalora": "AdaLoraConfig",
-    "methods.ia3": "IA3Config",
-    "methods.tokens": "TrainableTokensConfig",
     "engine.adapter": "Adapter Additive LowRank",
     "engine.site": "Site register_site",
     "engine.root": "Grafted",
@@ -33,6 +31,7 @@ _WHERE = {  # module -> the public names that it holds
     "set_peft_model_state_dict",
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names.split()}
+_HOME |= {name: row.module for name, row in CONFIGS.items()}
 
 __all__ = sorted([*_HOME, "as_peft"])
 

@@ -22,6 +22,11 @@ class Method:
     about: str
     paper: str = ""
 
+    @property
+    def module(self) -> str:
+        """Where the config class is, inside this package."""
+        return self.where.partition(":")[0].removeprefix("graftwork.")
+
     @cached_property
     def config(self) -> type[PeftConfig]:
         module, _, name = self.where.partition(":")
@@ -29,31 +34,25 @@ class Method:
         return found
 
 
-METHODS = {
-    m.name: m
-    for m in [
-        Method(
-            "LORA",
-            "graftwork.methods.lora:LoraConfig",
-            "low-rank update W + s B A; also DoRA",
-            "2106.09685",
-        ),
-        Method(
-            "ADALORA",
-            "graftwork.methods.adalora:AdaLoraConfig",
-            "low-rank update whose ranks are learned",
-            "2303.10512",
-        ),
-        Method(
-            "IA3", "graftwork.methods.ia3:IA3Config", "one learned gain per channel", "2205.05638"
-        ),
-        Method(
-            "TRAINABLE_TOKENS",
-            "graftwork.methods.tokens:TrainableTokensConfig",
-            "some embedding rows, learned anew",
-        ),
-    ]
-}
+# name | module: config class | what it does | paper
+_ROWS = """
+LORA | lora: LoraConfig | low-rank update W + s B A; also DoRA, rsLoRA, PiSSA, ... | 2106.09685
+ADALORA | adalora: AdaLoraConfig | low-rank update whose ranks are learned | 2303.10512
+LOHA | loha: LoHaConfig | Hadamard product of two low-rank matrices | 2108.06098
+VERA | vera: VeraConfig | two learned vectors around shared random projections | 2310.11454
+IA3 | ia3: IA3Config | one learned gain per channel | 2205.05638
+TRAINABLE_TOKENS | tokens: TrainableTokensConfig | some embedding rows, learned anew |
+"""
+
+
+def _row(line: str) -> Method:
+    name, where, about, paper = (word.strip() for word in line.split("|"))
+    module, config = where.split(": ")
+    return Method(name, f"graftwork.methods.{module}:{config}", about, paper)
+
+
+METHODS = {row.name: row for row in map(_row, _ROWS.strip().splitlines())}
+CONFIGS = {row.where.partition(":")[2]: row for row in METHODS.values()}  # by their class's name
 
 
 def method(name: str) -> Method:

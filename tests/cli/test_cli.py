@@ -19,7 +19,7 @@ from graftwork.cli.app import build
 from graftwork.cli.train import split
 from graftwork.table import METHODS
 from graftwork.train.recipe import FIELDS, RecipeError
-from train import tiny
+from train import toys
 
 
 def graft(*words: Any, **options: Any) -> Result:
@@ -29,13 +29,13 @@ def graft(*words: Any, **options: Any) -> Result:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.bert(tmp_path_factory.mktemp("bert"))
+    return toys.bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    return tiny.write_table(folder / "reviews.tsv", tiny.reviews(60), ("sentence", "label"))
+    return toys.write_table(folder / "reviews.tsv", toys.reviews(60), ("sentence", "label"))
 
 
 @pytest.fixture(scope="session")
@@ -179,8 +179,8 @@ def test_eval_predict_and_their_json(adapter: Path) -> None:
 
 
 def test_generate(tmp_path: Path) -> None:
-    base = tiny.llama(tmp_path / "base")
-    data = tiny.write_table(tmp_path / "d.jsonl", tiny.answers(20), ("prompt", "completion"))
+    base = toys.llama(tmp_path / "base")
+    data = toys.write_table(tmp_path / "d.jsonl", toys.answers(20), ("prompt", "completion"))
     out = tmp_path / "out"
     done = graft("train", "--model", base, "--data", data, "--output", out, "--steps", 2)
     assert done.exit_code == 0 and f'graft generate {out} "your prompt"' in done.stdout

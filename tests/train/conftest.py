@@ -20,31 +20,31 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train import tiny
+    from train import toys
 
-    return tiny.bert(tmp_path_factory.mktemp("bert"))
+    return toys.bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train import tiny
+    from train import toys
 
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
+    return toys.llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train import tiny
+    from train import toys
 
     folder = tmp_path_factory.mktemp("reviews")
-    tiny.write_table(folder / "train.csv", tiny.reviews(120), ("text", "label"))
-    tiny.write_table(folder / "test.csv", tiny.reviews(40, seed=1), ("text", "label"))
+    toys.write_table(folder / "train.csv", toys.reviews(120), ("text", "label"))
+    toys.write_table(folder / "test.csv", toys.reviews(40, seed=1), ("text", "label"))
     return folder
 
 
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train import tiny
+    from train import toys
 
     folder = tmp_path_factory.mktemp("answers")
-    return tiny.write_table(folder / "answers.jsonl", tiny.answers(80), ("prompt", "completion"))
+    return toys.write_table(folder / "answers.jsonl", toys.answers(80), ("prompt", "completion"))

@@ -10,7 +10,7 @@ import pytest
 from graftwork.train import corpus, data, examples, tasks
 from graftwork.train.columns import Columns
 from graftwork.train.recipe import RecipeError, build
-from train import tiny
+from train import toys
 
 ROWS = [("NA", "good"), ("null", "bad"), ('a "quoted word', "good"), ("line", "bad")]
 WANTED = [{"text": text, "label": label} for text, label in ROWS]
@@ -24,7 +24,7 @@ def recipe(**settings: Any) -> Any:
 def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"d.{suffix}"
     if suffix in ("tsv", "jsonl"):
-        tiny.write_table(file, ROWS, ("text", "label"))
+        toys.write_table(file, ROWS, ("text", "label"))
     elif suffix == "json":
         import json
 
@@ -47,7 +47,7 @@ def test_csv_keeps_words_that_look_like_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_has_parts(tmp_path: Path) -> None:
     for name, count in (("train-1", 3), ("train-2", 2), ("dev", 1), ("test", 4)):
-        tiny.write_table(tmp_path / f"{name}.csv", tiny.reviews(count), ("text", "label"))
+        toys.write_table(tmp_path / f"{name}.csv", toys.reviews(count), ("text", "label"))
     (tmp_path / "README.md").write_text("not data")
     parts = data.load(str(tmp_path))
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 5, "test": 4}
@@ -220,17 +220,17 @@ def test_conversations_are_read_in_both_dialects() -> None:
 
 
 def test_held_out_examples_that_occur_in_training_are_mentioned(tmp_path: Path) -> None:
-    rows = tiny.reviews(30)
-    tiny.write_table(tmp_path / "train.csv", rows, ("text", "label"))
-    tiny.write_table(tmp_path / "test.csv", [*rows[:2], ("new", "good")], ("text", "label"))
+    rows = toys.reviews(30)
+    toys.write_table(tmp_path / "train.csv", rows, ("text", "label"))
+    toys.write_table(tmp_path / "test.csv", [*rows[:2], ("new", "good")], ("text", "label"))
     found = corpus.gather(recipe(data=tmp_path))
     assert "2 of 3 held-out examples also occur in training" in found.remarks
     assert found.held.startswith("the test part of")
 
 
 def test_held_out_data_needs_the_same_columns(tmp_path: Path) -> None:
-    tiny.write_table(tmp_path / "a.csv", tiny.reviews(9), ("text", "label"))
-    tiny.write_table(tmp_path / "b.csv", tiny.reviews(9), ("text", "stars"))
+    toys.write_table(tmp_path / "a.csv", toys.reviews(9), ("text", "label"))
+    toys.write_table(tmp_path / "b.csv", toys.reviews(9), ("text", "stars"))
     told = recipe(data=tmp_path / "a.csv", test_data=tmp_path / "b.csv")
     with pytest.raises(RecipeError, match=r"b\.csv lacks the column label; it has text, stars"):
         corpus.gather(told)
@@ -238,7 +238,7 @@ def test_held_out_data_needs_the_same_columns(tmp_path: Path) -> None:
 
 def test_a_column_of_texts_is_no_label(tmp_path: Path) -> None:
     rows = [(f"text {i}", f"answer {i}") for i in range(40)]
-    tiny.write_table(tmp_path / "a.csv", rows, ("text", "label"))
+    toys.write_table(tmp_path / "a.csv", rows, ("text", "label"))
     found = corpus.gather(recipe(data=tmp_path / "a.csv"))
     with pytest.raises(RecipeError, match="holds texts or measures rather than labels"):
         found.task.spec(found.columns, recipe(data="d"), None, found.train)

@@ -94,7 +94,7 @@ MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
 import psutil
-from train import tiny
+from train import toys
 from graftwork.train.recipe import build
 from graftwork.train.run import train
 from graftwork.train.show import Silent
@@ -102,8 +102,8 @@ from graftwork.train.show import Silent
 folder = Path(sys.argv[1])
 text = " ".join("the a film plot actor scene was is and very".split() * 3)
 texts = [(text, "good" if i % 2 else "bad") for i in range(96)]
-tiny.write_table(folder / "train.csv", texts, ("text", "label"))
-model = tiny.bert(
+toys.write_table(folder / "train.csv", texts, ("text", "label"))
+model = toys.bert(
     folder / "base", hidden_size=256, num_hidden_layers=6, num_attention_heads=8,
     intermediate_size=1024,
 )

@@ -209,14 +209,14 @@ def test_other_things_in_the_output_folder_are_not_touched(
 def test_modules_that_the_base_lacks_are_trained_and_saved(reviews: Path, tmp_path: Path) -> None:
     import transformers
 
-    from train import tiny
+    from train import toys
 
-    words = tiny.tokenizer("bert")
+    words = toys.tokenizer("bert")
     config = transformers.DistilBertConfig(
         vocab_size=len(words), dim=32, n_layers=2, n_heads=2, hidden_dim=48,
         max_position_embeddings=32,
     )  # fmt: skip
-    base = tiny._saved(transformers.DistilBertModel(config), words, tmp_path / "base")
+    base = toys._saved(transformers.DistilBertModel(config), words, tmp_path / "base")
     found = run(model=str(base), data=str(reviews), epochs=2, output=str(tmp_path / "out"))
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert any("pre_classifier" in name for name in tensors)

@@ -12,7 +12,7 @@ from graftwork.train import examples, prompts, tasks
 from graftwork.train.examples import Turn
 from graftwork.train.recipe import RecipeError
 from graftwork.train.samples import IGNORED, ByLength, Sample, Samples, collate, in_batches
-from train import tiny
+from train import toys
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 100, 513])
@@ -56,7 +56,7 @@ DIALOGUE = (Turn("user", "say good"), Turn("assistant", "good fine"))
 
 
 def test_only_the_answer_is_learnt() -> None:
-    words = tiny.tokenizer("llama")
+    words = toys.tokenizer("llama")
     ids, labels = prompts.encode(DIALOGUE, "{prompt}:", words)
     assert words.decode(ids.tolist()) == "<s> say good : good fine </s>"
     assert learnt(ids, labels, words) == "good fine </s>"
@@ -66,7 +66,7 @@ def test_only_the_answer_is_learnt() -> None:
 
 
 def test_a_chat_template_decides_what_surrounds_an_answer() -> None:
-    words = tiny.tokenizer("llama")
+    words = toys.tokenizer("llama")
     words.chat_template = (
         "{% for m in messages %}{{ m.role == 'user' and '# ' or '. ' }}{{ m.content }} , "
         "{% endfor %}{% if add_generation_prompt %}. {% endif %}"
@@ -83,7 +83,7 @@ def test_a_chat_template_decides_what_surrounds_an_answer() -> None:
 
 
 def test_a_template_that_hides_the_answer_is_refused() -> None:
-    words = tiny.tokenizer("llama")
+    words = toys.tokenizer("llama")
     words.chat_template = "{% if add_generation_prompt %}#{% endif %}{{ messages[-1].content }}"
     with pytest.raises(RecipeError, match="nothing would be learnt; give a plain one: --template"):
         prompts.encode(DIALOGUE, prompts.CHAT, words)
@@ -102,7 +102,7 @@ def test_cutting_leaves_something_to_learn(prompt: int, answer: int) -> None:
 
 
 def test_long_plain_texts_are_cut_into_pieces_and_nothing_is_lost() -> None:
-    words = tiny.tokenizer("llama")
+    words = toys.tokenizer("llama")
     task, spec = tasks.TASKS["language"], tasks.Spec("language", "text", {}, 4)
     found = task.encode([examples.Text("the film was good and the plot")], spec, words, "d")
     pieces = [s.ids.tolist() for s in found.samples.items]
@@ -112,7 +112,7 @@ def test_long_plain_texts_are_cut_into_pieces_and_nothing_is_lost() -> None:
 
 
 def test_long_texts_for_a_label_are_counted_and_cut() -> None:
-    words = tiny.tokenizer("bert")
+    words = toys.tokenizer("bert")
     task = tasks.TASKS["classification"]
     spec = tasks.Spec("classification", "text + label", {}, 5, ("bad", "good"))
     texts = [
@@ -127,7 +127,7 @@ def test_long_texts_for_a_label_are_counted_and_cut() -> None:
 
 
 def test_pairs_have_token_types() -> None:
-    words = tiny.tokenizer("bert")
+    words = toys.tokenizer("bert")
     spec = tasks.Spec("classification", "pair + label", {}, 9, ("no", "yes"))
     found = tasks.TASKS["classification"].encode(
         [examples.Text("good film", "bad", "yes")], spec, words, "d"

@@ -6,6 +6,8 @@ it must be the same class.
 
 from __future__ import annotations
 
+from ..table import CONFIGS
+
 _TASKS = (
     "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification "
     "TokenClassification"
@@ -15,10 +17,7 @@ _TASKS = (
 _OFFERS = {
     "config": "PeftConfig PeftConfigMixin=PeftConfig PeftType TaskType",
     "errors": "PeftWarning PeftError=GraftworkError NoMatchingPeftModuleError=TargetError",
-    "methods.lora": "LoraConfig",
-    "methods.adalora": "AdaLoraConfig SVDLinear=AdaLoRA",
-    "methods.ia3": "IA3Config",
-    "methods.tokens": "TrainableTokensConfig",
+    "methods.adalora": "SVDLinear=AdaLoRA",
     "model.peft_model": "PeftModel",
     "model.tasks": " ".join(
         ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
@@ -50,6 +49,7 @@ NAMES = {
     for where, offers in _OFFERS.items()
     for theirs, _, ours in (offer.partition("=") for offer in offers.split())
 }
+NAMES |= {name: (row.module, name) for name, row in CONFIGS.items()}
 MODULES = frozenset(
     f"peft.{name}".rstrip(".")
     for name in (

@@ -87,3 +87,7 @@ IA3_FEEDFORWARD: dict[str, list[str]] = {
     ),
     "mixtral": ["w2"],
 }
+
+PHI_QV = {**LORA, "phi": _QV}
+C_PROJ = {**LORA, **dict.fromkeys(["gpt2", "gpt_bigcode"], ["mlp.c_proj"])}
+VBLORA = {**ADALORA, "roberta": ["query", "value"]}

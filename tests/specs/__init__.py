@@ -1,0 +1,81 @@
+"""What is particular in testing each method: one file a method, all of them collected here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from graftwork.testing.layers import KINDS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its options, small enough for layers of 6 to 12 channels.
+
+    Args:
+        config: builds the config, without targets.
+        identity: whether it starts as the identity.
+        main: whether it stands for its method where all pairs of methods are tested.
+        call: arguments of every call, for four rows.
+        needs: tags that a kind of layer must have.
+        lacks: tags that it must not have.
+        but: kinds at which it has no meaning.
+    """
+
+    config: Callable[[], Any]
+    identity: bool = True
+    main: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+    lacks: str = ""
+    but: str = ""
+
+    def applies(self, kind: str) -> bool:
+        """Whether it has a meaning at a kind of layer."""
+        tags = KINDS[kind].tags
+        wanted, barred = set(self.needs.split()), set(self.lacks.split())
+        return wanted <= tags and not barred & tags and kind not in self.but.split()
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison with the real peft.
+
+    Args:
+        model: a key of ``tiny.MODELS``.
+        kind: the config class, of the same name in both libraries.
+        options: its fields.
+        name: what tells it from others of this model and kind.
+        train: whether 20 steps of training are compared too (with a language model).
+        reads: whether what PEFT writes is read, and answers alike.
+        writes: whether what is written here is read by PEFT, and answers alike.
+        shake: how far the trained tensors are moved from the start.
+        call: arguments of every call, for two rows.
+    """
+
+    model: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    train: bool = False
+    reads: bool = True
+    writes: bool = True
+    shake: float = 0.1
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """For pytest."""
+        words = [self.kind.removesuffix("Config"), self.model, self.name]
+        return "-".join(word for word in words if word)
+
+
+_FILES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+_SPECS = [import_module(f"specs.{name}") for name in _FILES]
+METHODS: dict[str, Case] = {k: v for spec in _SPECS for k, v in spec.CASES.items()}
+PARITY: list[Parity] = [p for spec in _SPECS for p in getattr(spec, "PARITY", [])]
+CASES = [(m, k) for m, case in METHODS.items() for k in KINDS if case.applies(k)]
+MAIN = [m for m, case in METHODS.items() if case.main]
