@@ -13,11 +13,11 @@ from graftwork.testing.bench import Bench, close
 from specs import CASES, MAIN, METHODS
 
 COMPILED = [(m, k) for m, k in CASES if m in MAIN]
-PAIRED = ("linear", "conv2d", "conv2d_groups", "embedding", "attention", "experts")
+FAMILIES = [m for m in MAIN if m in ("lora", "dora", "adalora", "ia3", "tokens", "vera", "loha")]
 PAIRS = [
     (a, b, k)
-    for k in PAIRED
-    for a, b in itertools.product(MAIN, MAIN)
+    for k in ("linear", "conv2d", "conv2d_groups", "embedding", "attention", "experts")
+    for a, b in itertools.product(*[MAIN if k == "linear" else FAMILIES] * 2)
     if METHODS[a].applies(k) and METHODS[b].applies(k) and (a, b) != ("tokens", "tokens")
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
