@@ -27,6 +27,8 @@ _WHERE = {  # module -> the public names that it holds
         ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
     ),
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
+    "model.updating": "convert_to_lora extract hotswap_adapter hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap save_as_lora",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict",
 }

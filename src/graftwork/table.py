@@ -36,7 +36,7 @@ class Method:
 
 # name | module: config class | what it does | paper
 _ROWS = """
-LORA | lora: LoraConfig | low-rank update W + s B A; also DoRA, rsLoRA, PiSSA, ... | 2106.09685
+LORA | lora_config: LoraConfig | low-rank update W + s B A; also DoRA, rsLoRA, PiSSA, ... | 2106.09685
 ADALORA | adalora: AdaLoraConfig | low-rank update whose ranks are learned | 2303.10512
 LOHA | loha: LoHaConfig | Hadamard product of two low-rank matrices | 2108.06098
 VERA | vera: VeraConfig | two learned vectors around shared random projections | 2310.11454

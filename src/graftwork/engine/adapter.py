@@ -90,7 +90,7 @@ class Adapter(Part):
     stacked: ClassVar[bool] = False  # whether it takes weights with leading axes, as of experts
     replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
     FORBIDS: ClassVar[dict[str, str]] = {}  # capability -> why mathematics forbids it
-    scale: float | Tensor = 1.0
+    scale: float | Tensor  # a factor of the update, where the method has one
     skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
     linear: ClassVar[str] = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
@@ -100,6 +100,7 @@ class Adapter(Part):
         self, config: Any = None, site: Site | None = None, shared: Shared | None = None
     ) -> None:
         super().__init__()
+        self.scale = 1.0
         self.common = (shared,)  # in a tuple: referred to, not owned
 
     @property
@@ -159,6 +160,10 @@ class Adapter(Part):
         """The rank of the update, where the method has one."""
         return None
 
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A, B and what is added to the bias, where the update is B A whatever the weight is."""
+        return None
+
     def file_tensors(self) -> dict[str, Tensor]:
         tensors = super().file_tensors()
         if self.times != 1:
@@ -209,6 +214,9 @@ class LowRank(Additive):
 
     def rank(self) -> int:
         return self.r
+
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        return *self.factors(), None
 
     def delta(self) -> Tensor:
         a, b = self.factors()

@@ -45,6 +45,14 @@ class Grafted(nn.Module):
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         self.add_adapter(adapter_name, config, low_cpu_mem_usage, **options)
 
+    @classmethod
+    def around(cls, model: nn.Module) -> Grafted:
+        """The root of a model that has adapters already."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.model, self.switch = model, injection.switch_of(model) or Switch()
+        return self
+
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         return self.switch.configs

@@ -25,6 +25,8 @@ _OFFERS = {
     + " MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASK_CLASSES",
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.report": "TunerLayerStatus TunerModelStatus",
+    "model.updating": "convert_to_lora hotswap_adapter hotswap_adapter_from_state_dict "
+    "prepare_model_for_compiled_hotswap save_as_lora",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict delete_adapter set_adapter set_requires_grad",
     "engine.root": "BaseTuner=Grafted LoraModel=Grafted AdaLoraModel=Grafted IA3Model=Grafted "
@@ -59,7 +61,8 @@ MODULES = frozenset(
         "tuners.adalora.model tuners.ia3 tuners.ia3.config tuners.ia3.layer tuners.ia3.model "
         "tuners.trainable_tokens tuners.trainable_tokens.config tuners.trainable_tokens.layer "
         "tuners.trainable_tokens.model tuners.mixed tuners.mixed.model utils utils.constants "
-        "utils.error utils.integrations utils.other utils.peft_types utils.save_and_load "
+        "utils.error utils.hotswap utils.integrations utils.other utils.peft_types "
+        "utils.save_and_load "
         "utils.transformers_weight_conversion utils.warning"
     ).split(" ")
 )

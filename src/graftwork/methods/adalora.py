@@ -14,7 +14,7 @@ from ..config import PeftType, check_rank
 from ..engine.adapter import Adapter, LowRank
 from ..engine.site import Site
 from . import defaults
-from .lora import LoraConfig
+from .lora_config import LoraConfig
 
 
 @dataclass

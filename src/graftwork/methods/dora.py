@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..engine.adapter import Adapter
 from ..engine.host import Beneath
 from ..engine.site import Site
-from .lora import LoRA, LoraConfig
+from .lora import LoRA
+from .lora_config import LoraConfig
 
 
 class DoRA(LoRA):
@@ -44,5 +45,6 @@ class DoRA(LoRA):
         update = layer(x) - bias + self.branch(self.dropped(x), layer.site)
         return layer.site.outputs(self.gain(w)) * update + bias
 
+    factored = Adapter.factored  # the update depends on the weight
     forward_transposed = Adapter.forward_transposed
     delta_norm = Adapter.delta_norm

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftType, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank
+from ..engine.adapter import LowRank
 from ..engine.host import Beneath
 from ..engine.site import Embedding, Site, as_factors
 from ..inits import start_of
-from . import defaults
-from .absent import AbsentLoraOptions
-
-
-@dataclass
-class LoraConfig(AbsentLoraOptions):
-    """Low-rank adaptation; also DoRA (``use_dora``) and rsLoRA (``use_rslora``)."""
-
-    r: int = 8  # rank
-    lora_alpha: float = 8  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.0  # probability, on the input of A, in training
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True  # or a name in inits.STARTS: "gaussian", "pissa", ...
-    rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
-    alpha_pattern: Any = field(default_factory=dict)  # the same for lora_alpha
-    use_dora: bool = False
-    lora_bias: bool = False  # B has a bias
-    ensure_weight_tying: bool = False  # an adapter on a tied weight acts at both ends
-
-    METHOD = PeftType.LORA
-    BEYOND = beyond("exclude fan bias save layers target_parameters trainable_token_indices")
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    TARGETS = defaults.LORA
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        ranks = (self.rank_pattern or {}).values() if "rank_pattern" in self.PATTERNS else ()
-        for r in (self.r, *ranks):
-            check_rank(r, "r")
-        check_probability(self.lora_dropout, "lora_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        from .dora import DoRA
-
-        return DoRA if self.use_dora else LoRA
-
+from .lora_config import LoraConfig
 
 LINEAR_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
 EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
@@ -70,7 +34,8 @@ class LoRA(LowRank):
         self.bias = nn.Parameter(torch.zeros(site.shape[0])) if config.lora_bias else None
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
-        self.r, self.lead, self.start_name = config.r, site.lead, config.init_lora_weights
+        self.r, self.site, self.lead = config.r, site, site.lead
+        self.start_name = config.init_lora_weights
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(site, Embedding):
@@ -98,6 +63,9 @@ class LoRA(LowRank):
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
         return a, self.scale * b
 
+    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        return *self.factors(), None if self.bias is None else self.scale * self.bias
+
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, b = super().fold(w, b)
         return w, b if self.bias is None else self.scale * self.bias + (0 if b is None else b)
@@ -105,6 +73,22 @@ class LoRA(LowRank):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         y = super().forward(x, layer)
         return y if self.bias is None else y + layer.site.outputs(self.scale * self.bias)
+
+    def pad(self, rank: int) -> None:
+        """Make room for another adapter of a higher rank: directions that are zero, in no file."""
+        a, b = as_factors(self.A, self.B, self.lead)
+        more = max(0, rank - a.shape[-2])
+        a, b = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
+        for old, new in zip((self.A, self.B), self.site.from_factors(a, b), strict=True):
+            old.data = new.detach()
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        tensors = super().file_tensors()
+        a, b = as_factors(self.A, self.B, self.lead)
+        if a.shape[-2] > self.r:
+            a, b = self.site.from_factors(a[..., : self.r, :], b[..., : self.r])
+            tensors |= {self.keys["A"]: a, self.keys["B"]: b}
+        return tensors
 
     def tied_tensors(self, transposed: bool) -> dict[str, Tensor]:
         if not transposed:

@@ -85,7 +85,7 @@ class Whole(Adapter):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.value = nn.Parameter(site.raw.detach().clone())
+        self.site, self.value = site, nn.Parameter(site.raw.detach().clone())
         self.keys = {"value": site.parameter.rpartition(".")[2]}  # type: ignore[misc]
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

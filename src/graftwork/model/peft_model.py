@@ -18,9 +18,10 @@ from ..errors import POLICY, StateError, warn
 from ..files.codec import LoadReport
 from . import storage
 from .report import Reports
+from .updating import Updating
 
 
-class PeftModel(Reports):
+class PeftModel(Reports, Updating):
     """A model with adapters.
 
     Args:
@@ -70,6 +71,16 @@ class PeftModel(Reports):
         from ..interop.transformers import recognise
 
         recognise()
+
+    @classmethod
+    def around(cls, model: nn.Module) -> PeftModel:
+        """The wrapper around a model that has adapters already."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.base_model = Grafted.around(model)
+        self.config = getattr(model, "config", {"model_type": "custom"})
+        self.train(model.training)
+        return self
 
     # -- state
 

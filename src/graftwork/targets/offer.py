@@ -81,10 +81,11 @@ class Offer:
         """Every single parameter by its full name, as a place for an adapter."""
         found = {}
         for path, module in self.modules.items():
+            own = self.targets(path) if kind_of(module) is not None else []
             for name, p in module._parameters.items():
                 if p is not None:
-                    own = name == "weight" and kind_of(module) is not None
-                    found[f"{path}.{name}"] = Target(path, module, None if own else name)
+                    target = Target(path, module, name)
+                    found[f"{path}.{name}"] = own[0] if own and name == "weight" else target
         return found
 
     def short(self, paths: list[str]) -> set[str]:

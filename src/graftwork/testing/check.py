@@ -12,7 +12,7 @@ import torch
 
 from ..config import TargetConfig
 from ..methods.ia3 import IA3Config
-from ..methods.lora import LoraConfig
+from ..methods.lora_config import LoraConfig
 from . import laws
 from .bench import Bench
 from .layers import KINDS

@@ -1,0 +1,1 @@
+"""What adapters change, as updates of weights: combined, converted, made smaller, swapped."""

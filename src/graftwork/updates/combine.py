@@ -1,0 +1,135 @@
+"""``add_weighted_adapter``: several adapters, of whatever methods, as one LoRA.
+
+What is combined are the updates. ``linear([x, x], [0.5, 0.5])`` is x, which PEFT's rule, adding the
+factors, doubles; that rule is there as ``compat="peft"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.switch import Switch
+from ..errors import StateError, did_you_mean
+from . import rules
+from .factored import Factored, joined
+from .peft_rules import as_peft
+from .sites import Place, Updates, insert, updates_of
+
+SUFFIX = "_svd"
+TYPES = ("linear", "cat", "svd", *(n for n in rules.RULES if n != "linear"))
+
+
+def combine(
+    model: nn.Module,
+    switch: Switch,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    sign: str = "total",
+    compat: str | None = None,
+) -> dict[str, float]:
+    """Add an adapter that combines others; see ``PeftModel.add_weighted_adapter``.
+
+    Returns:
+        The share of each update that a smaller rank leaves out, by the place's name.
+
+    Raises:
+        StateError: the request makes no sense, or an adapter cannot be written as an update.
+    """
+    dense, how = how.endswith(SUFFIX), _checked(switch, adapters, weights, name, how, density)
+    found = [updates_of(model, switch, n, "weighted") for n in adapters]
+    if compat == "peft":
+        insert(model, switch, name, as_peft(found, weights, how, dense, density, sign, rank), found)
+        return {}
+    if how == "svd" and rank is None and energy is None:
+        rank = max(u.rank for one in found for u in one.places.values())
+    made: dict[Place, Factored] = {}
+    lost: dict[str, float] = {}
+    for place in dict.fromkeys(place for one in found for place in one.places):
+        parts = [(one.places.get(place), w) for one, w in zip(found, weights, strict=True)]
+        whole = _one(parts, how, density or 1.0, sign)
+        small = whole if how == "cat" else whole.compressed(rank, energy)
+        made[place] = small
+        size = float(whole.norm())
+        lost[place.name] = _lost(whole, small) / size if size else 0.0
+    saved = _saved(found, weights, how, density or 1.0, sign)
+    insert(model, switch, name, made, found, saved)
+    return lost
+
+
+def _checked(
+    switch: Switch,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: str,
+    density: float | None,
+) -> str:
+    switch.check(tuple(adapters))
+    if name in switch.configs:
+        raise StateError(f"there is an adapter {name!r} already; choose another name")
+    if not adapters or len(adapters) != len(weights):
+        raise StateError(f"give a weight for each of {len(adapters)} adapters, not {len(weights)}")
+    if bad := [w for w in weights if not math.isfinite(w)]:
+        raise StateError(f"a weight is a finite number, not {bad[0]}")
+    plain = how.removesuffix(SUFFIX)
+    if plain not in TYPES:
+        raise StateError(
+            f"combination_type={how!r} is not known{did_you_mean(how, TYPES)}; it is one of "
+            f"{list(TYPES)}"
+        )
+    if plain in rules.RULES and plain != "linear" and not (density and 0 < density <= 1):
+        raise StateError(f"{how} keeps a share of the numbers: give density, above 0 and at most 1")
+    return plain
+
+
+def _one(
+    parts: list[tuple[Factored | None, float]], how: str, density: float, sign: str
+) -> Factored:
+    """The combination at one place; an adapter that is not there changes nothing there."""
+    present = [(u, w) for u, w in parts if u is not None]
+    if how in ("linear", "cat", "svd"):
+        return joined([u * w for u, w in present])
+    weights = torch.tensor([w for _, w in present], dtype=present[0][0].a.dtype)
+    basis, c = rules.coordinates([(u.a, u.b) for u, _ in present])
+    mixed = rules.RULES[how](c, weights.to(c), density, sign)
+    biases = [u.bias for u, _ in present if u.bias is not None]
+    bias = None
+    if biases:
+        zero = torch.zeros_like(biases[0])
+        every = torch.stack([zero if u.bias is None else u.bias for u, _ in present])
+        bias = rules.RULES[how](every, weights.to(every), density, sign)
+    return Factored(mixed, basis, bias)
+
+
+def _lost(whole: Factored, small: Factored) -> float:
+    """||whole - small||, by the directions that are left out."""
+    return float(joined([whole, small * -1.0]).norm())
+
+
+def _saved(
+    found: Sequence[Updates], weights: Sequence[float], how: str, density: float, sign: str
+) -> dict[Any, dict[str, Tensor]]:
+    """What is trained as a whole, combined as changes of the base's own tensors."""
+    rule = rules.RULES[how if how in rules.RULES else "linear"]
+    made: dict[Any, dict[str, Tensor]] = {}
+    for key in dict.fromkeys(key for one in found for key in one.whole):
+        have = [one.whole.get(key) for one in found]
+        base = {n: value for one in have if one is not None for n, value in one.base.items()}
+        made[key] = {}
+        for name, value in base.items():
+            zero = torch.zeros_like(value)
+            values = [zero if o is None else o.tensors.get(name, value) - value for o in have]
+            changes = torch.stack(values)
+            change = rule(changes, torch.tensor(weights).to(changes), density, sign)
+            made[key][name] = value + change
+    return made

@@ -1,0 +1,190 @@
+"""Hot-swapping: another adapter's values in the place of one that is there, without recompilation.
+
+What differs between two adapters of one method must be tensor data: values, and after ``prepare``
+also ranks (padded with zero directions) and scales (as tensors).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TargetConfig
+from ..engine.adapter import Adapter, Part
+from ..engine.host import Host
+from ..engine.inject import build
+from ..engine.plan import plan
+from ..engine.switch import Switch
+from ..engine.tree import hosts
+from ..errors import FileError, StateError, warn
+from ..files import codec
+from ..methods.lora import LoRA
+from ..targets.offer import Offer
+
+# what may differ: it is in tensors, says where the adapter sits, or matters in training alone
+FREE = set(
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "target_modules exclude_modules layers_to_transform layers_pattern allow_unmatched "
+    "runtime_config fan_in_fan_out init_lora_weights init_weights r lora_alpha alpha use_rslora "
+    "rank_pattern alpha_pattern overrides lora_dropout random_loc_seed random_seed scaling "
+    "projection_prng_key projection_seed proj_seed token_indices trainable_token_indices".split()
+)
+
+
+def prepare(model: nn.Module, target_rank: int | None, check_compiled: str = "error") -> None:
+    """Make room: every LoRA gets ``target_rank`` directions, every scale becomes a tensor.
+
+    Args:
+        model: the user's model, before it is compiled.
+        target_rank: the largest rank that will be swapped in; None: the ranks stay.
+        check_compiled: "error", "warn" or "ignore": what to do where it is compiled already.
+
+    Raises:
+        StateError: the model is compiled already, or has no adapter.
+    """
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    if compiled or hasattr(model, "_orig_mod"):
+        text = "the model is compiled already; prepare it for hot-swapping before torch.compile"
+        if check_compiled == "error":
+            raise StateError(text)
+        if check_compiled == "warn":
+            warn(f"{text}. It will be compiled once more")
+    every = [p for h in hosts(model).values() for n in h.adapters for _, p in h.parts_of(n)]
+    if not every:
+        raise StateError("there is no adapter yet; add one before preparing for hot-swapping")
+    for part in every:
+        if isinstance(part, LoRA) and target_rank is not None:
+            part.pad(target_rank)
+        if isinstance(part.scale, float):
+            scale = torch.tensor(part.scale, device=next(part.parameters()).device)
+            del part.scale
+            part.register_buffer("scale", scale, persistent=False)
+
+
+@torch.no_grad()
+def swap(
+    model: nn.Module,
+    switch: Switch,
+    name: str,
+    config: TargetConfig,
+    tensors: dict[str, Tensor],
+    where: str,
+) -> codec.LoadReport:
+    """Give an adapter the values of another one.
+
+    Args:
+        model: the user's model.
+        switch: its switch.
+        name: the adapter that is there.
+        config: that of the new values.
+        tensors: the new values under PEFT's names.
+        where: their source, for messages.
+
+    Raises:
+        StateError: the adapter is merged, or what differs is no tensor data.
+        FileError: the values do not fit their config.
+    """
+    switch.check((name,))
+    own = switch.configs[name]
+    _check(own, config, where)
+    if any(name in host.merged_adapters for host in hosts(model).values()):
+        raise StateError(f"{name!r} is merged: unmerge_adapter() before it is hot-swapped")
+    config = copy.deepcopy(config)
+    slots = plan(Offer(model), config)
+    built = build(model, slots, config, switch, start=False, autocast=True)
+    owned = [
+        codec.Owned(part, f"{path}.{part.prefix}", config.at(path, _parameter(host, key)))
+        for (path, key), (host, part) in built.parts.items()
+    ]
+    if built.shared is not None:
+        owned.append(codec.Owned(built.shared, codec.MARK, config))
+    report, found = codec.compare(model, owned, tensors)
+    codec.judge(report, where, strict=True)
+    codec.fill(model, owned, tensors, found)
+    pairs = _pairs(model, name, built.parts, where)
+    for old, new in pairs:
+        _fits(old, new, where)
+    for old, new in pairs:
+        _copy(old, new)
+    shared = next(filter(None, (h.shared_of(name) for h in hosts(model).values())), None)
+    if shared is not None and built.shared is not None:
+        _copy(shared, built.shared)
+    switch.configs[name] = config
+    return report
+
+
+def _parameter(host: Host, key: str) -> str:
+    site = host.site_of(key)
+    return site.parameter if site is not None else "weight"
+
+
+def _check(own: Any, new: Any, where: str) -> None:
+    if own.method != new.method:
+        raise StateError(f"{where} is of the method {new.method}, the adapter there {own.method}")
+    mine, theirs = own.to_dict(), new.to_dict()
+    other = {k for k in mine.keys() | theirs.keys() if k not in FREE}
+    differ = sorted(k for k in other if (mine.get(k) or None) != (theirs.get(k) or None))
+    if differ:
+        text = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in differ)
+        raise StateError(
+            f"{where} cannot be hot-swapped in, since it computes otherwise ({text}); load it "
+            "under a name of its own"
+        )
+
+
+def _pairs(model: nn.Module, name: str, parts: Any, where: str) -> list[tuple[Adapter, Adapter]]:
+    """The adapter's parts beside the new ones; a LoRA may leave layers out."""
+    here = {(p, k): part for p, h in hosts(model).items() for k, part in h.parts_of(name)}
+    if more := [path for path, key in parts if (path, key) not in here]:
+        raise FileError(
+            f"{where} also sits at {more[0]}, where the adapter to be swapped does not; load it "
+            "under a name of its own"
+        )
+    pairs = []
+    for place, old in here.items():
+        if place in parts:
+            pairs.append((old, parts[place][1]))
+        elif isinstance(old, LoRA):
+            silent = copy.deepcopy(old)
+            silent.B.zero_()
+            pairs.append((old, silent))
+        else:
+            raise FileError(f"{where} lacks {place[0]}, at which the adapter sits")
+    return pairs
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    return {**dict(part.named_parameters()), **dict(part.named_buffers())}
+
+
+def _fits(old: Adapter, new: Adapter, where: str) -> None:
+    mine, theirs = _tensors(old), _tensors(new)
+    for key, tensor in theirs.items():
+        room = mine[key].shape
+        larger = any(a < b for a, b in zip(room, tensor.shape, strict=True))
+        if room != tensor.shape and (larger or not isinstance(old, LoRA)):
+            raise FileError(
+                f"{where} needs {tuple(tensor.shape)} for {key} and there is room for "
+                f"{tuple(room)}; call prepare_model_for_compiled_hotswap(model, target_rank=...) "
+                "first, with the largest rank"
+            )
+
+
+def _copy(old: Part, new: Part) -> None:
+    """The values of ``new`` in the tensors of ``old``; room that is left over becomes zero."""
+    mine = _tensors(old)
+    for key, tensor in _tensors(new).items():
+        if key == "scale":
+            continue
+        mine[key].zero_()
+        mine[key][tuple(slice(n) for n in tensor.shape)].copy_(tensor)
+    if isinstance(old, Adapter) and isinstance(new, Adapter):
+        if isinstance(old.scale, Tensor):
+            old.scale.copy_(torch.as_tensor(new.scale))
+        else:
+            old.scale = new.scale
+        if isinstance(old, LoRA) and isinstance(new, LoRA):
+            old.r = new.r

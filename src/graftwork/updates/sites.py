@@ -1,0 +1,233 @@
+"""The updates of one adapter, place by place; and an adapter made of updates: a LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.adapter import Adapter
+from ..engine.host import Host, no_autocast
+from ..engine.inject import inject
+from ..engine.site import Site
+from ..engine.switch import Switch
+from ..engine.ties import Tied
+from ..engine.tree import hosts, walk
+from ..errors import StateError
+from ..methods.lora import LoRA
+from ..methods.lora_config import LoraConfig
+from ..methods.tokens import Tokens
+from ..methods.whole import Bias, Whole
+from .factored import Factored, of_dense
+
+PADDING = 1.25  # ranks are made equal by zeros where that costs no more than this factor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix of the model: a layer's own weight, or a parameter of another module."""
+
+    path: str
+    parameter: str
+
+    @property
+    def name(self) -> str:
+        """Its full name."""
+        return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Tensors that are trained as a whole, and what they were."""
+
+    tensors: dict[str, Tensor]
+    base: dict[str, Tensor]
+
+
+@dataclass
+class Updates:
+    """One adapter as updates.
+
+    Args:
+        config: its config.
+        places: the matrices that it changes.
+        scales: the factor inside B of a LoRA.
+        whole: what it trains as a whole, by path and key.
+    """
+
+    config: Any
+    places: dict[Place, Factored] = field(default_factory=dict)
+    scales: dict[Place, float] = field(default_factory=dict)
+    whole: dict[tuple[str, str], Trained] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def updates_of(
+    model: nn.Module,
+    switch: Switch,
+    name: str,
+    purpose: str,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Updates:
+    """An adapter as updates, exact; of a smaller rank where the update is dense and one is given.
+
+    Raises:
+        StateError: an update cannot be written as a matrix; the text says why.
+    """
+    found = Updates(switch.configs[name])
+    for path, host in hosts(model).items():
+        for key, part in host.parts_of(name):
+            if isinstance(part, Tied):
+                continue  # the first end has the tensors
+            if (trained := _trained(host, part)) is not None:
+                found.whole[path, key] = trained
+                continue
+            if reason := part.FORBIDS.get(purpose) or part.FORBIDS.get("merge"):
+                raise StateError(f"{name!r} is no update of a weight at {path}: {reason}")
+            site = host.need_site(key)
+            place = Place(path, site.parameter)
+            with no_autocast(host.base_layer):
+                found.places[place] = _update(part, site, rank, energy)
+            found.scales[place] = float(part.scale)
+    return found
+
+
+def _update(part: Adapter, site: Site, rank: int | None, energy: float | None) -> Factored:
+    part = part.precise()
+    if (exact := part.factored()) is not None:
+        a, b, bias = (None if t is None else t.detach() for t in exact)
+        assert a is not None and b is not None
+        return Factored(a, b, bias)
+    w, b = site.weight.to(part.dtype), site.bias
+    b = None if b is None else b.to(part.dtype)
+    new, bias = part.fold(w, b)
+    update = of_dense(new - w, rank, energy)
+    change = bias if b is None or bias is None else bias - b
+    changed = change is not None and bool(change.abs().max() > 0)
+    return Factored(update.a, update.b, change if changed else None)
+
+
+def _trained(host: Host, part: Adapter) -> Trained | None:
+    if (module := part.instead()) is not None:
+        own = {n: t.detach() for n, t in module.state_dict().items()}
+        return Trained(own, {n: host.pristine(n).detach() for n in own})
+    if isinstance(part, Bias):
+        return Trained({"bias": part.bias.detach()}, {"bias": part.origin})
+    if isinstance(part, Whole):
+        (name,) = part.keys.values()
+        return Trained({name: part.value.detach()}, {name: part.site.raw.detach()})
+    if isinstance(part, Tokens):
+        site = host.need_site("trainable_tokens")
+        table = site.weight.mT if part.columns else site.weight
+        ids = [str(i) for i in part.indices.tolist()]
+        rows = dict(zip(ids, part.rows.detach(), strict=True))
+        return Trained(rows, {i: table[int(i)].to(part.dtype) for i in ids})
+    return None
+
+
+def insert(
+    model: nn.Module,
+    switch: Switch,
+    name: str,
+    places: Mapping[Place, Factored],
+    found: Sequence[Updates],
+    saved: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Add a LoRA with these updates; it is not active.
+
+    Args:
+        model: the user's model.
+        switch: its switch.
+        name: the new adapter's name.
+        places: the update of each matrix.
+        found: the adapters that it comes from; the first gives what is no mathematics, such as
+            the task.
+        saved: values of what is trained as a whole; those of the first that has them by default.
+    """
+    values = saved if saved is not None else {
+        key: one.whole[key].tensors for one in reversed(found) for key in one.whole
+    }  # fmt: skip
+    places = _levelled(places)
+    config = _config(model, places, values, [one.config for one in found])
+    inject(model, config, name, switch, start=False)
+    with torch.no_grad():
+        for path, host in hosts(model).items():
+            for key, part in host.parts_of(name):
+                if isinstance(part, LoRA):
+                    site = host.need_site(key)
+                    _fill(part, site, places[Place(path, site.parameter)])
+                elif not isinstance(part, Tied):
+                    _give(part, values[path, key])
+            host.set_requires_grad(name, False)
+
+
+def _levelled(places: Mapping[Place, Factored]) -> dict[Place, Factored]:
+    """The same updates, all of one rank where zeros cost little."""
+    top = max((u.rank for u in places.values()), default=1)
+    size = {p: u.a.shape[-1] + u.b.shape[-2] for p, u in places.items()}
+    exact = sum(size[p] * u.rank for p, u in places.items())
+    if sum(size.values()) * top > PADDING * exact:
+        return dict(places)
+    return {p: u.padded(top) for p, u in places.items()}
+
+
+def _exactly(model: nn.Module, paths: set[str]) -> set[str] | str:
+    """A target that means these paths; a name also means what ends with it."""
+    others = [path for path, _ in walk(model) if path not in paths]
+    if any(other.endswith(f".{path}") for path in paths for other in others):
+        return "|".join(re.escape(path) for path in sorted(paths))
+    return paths
+
+
+def _config(
+    model: nn.Module,
+    places: Mapping[Place, Factored],
+    saved: Mapping[tuple[str, str], Any],
+    configs: Sequence[Any],
+) -> LoraConfig:
+    first, ranks = configs[0], [u.rank for u in places.values()]
+    r = max(set(ranks), key=ranks.count) if ranks else 1
+    others = {re.escape(p.name): u.rank for p, u in places.items() if u.rank != r}
+    keys = [(path, key) for path, key in saved]
+    tokens = {path: sorted(map(int, saved[path, k])) for path, k in keys if "tokens" in k}
+    biases = {config.bias for config in configs} - {"none"}
+    return LoraConfig(
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=_exactly(model, {p.path for p in places if p.parameter == "weight"}),
+        target_parameters=[p.name for p in places if p.parameter != "weight"] or None,
+        lora_bias=any(u.bias is not None for u in places.values()),
+        modules_to_save=[path for path, key in keys if key == "copy"] or None,
+        trainable_token_indices=tokens or None,
+        bias=("all" if "all" in biases else "lora_only") if biases else "none",
+        ensure_weight_tying=any(getattr(c, "ensure_weight_tying", False) for c in configs),
+    )
+
+
+def _fill(part: LoRA, site: Site, update: Factored) -> None:
+    a, b = site.from_factors(update.a, update.b / part.scale)
+    part.A.copy_(a)
+    part.B.copy_(b)
+    if part.bias is not None:
+        part.bias.zero_() if update.bias is None else part.bias.copy_(update.bias / part.scale)
+
+
+def _give(part: Adapter, values: Mapping[str, Tensor]) -> None:
+    if (module := part.instead()) is not None:
+        module.load_state_dict(dict(values))
+    elif isinstance(part, Tokens):
+        part.rows.copy_(torch.stack([values[str(i)] for i in part.indices.tolist()]))
+    else:
+        (value,) = values.values()
+        next(part.parameters()).copy_(value)
