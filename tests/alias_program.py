@@ -99,11 +99,11 @@ from accelerate.utils.imports import is_peft_available as accelerates  # noqa: E
 
 report["accelerate"] = accelerates() if callable(accelerates) else False
 try:
-    from peft import HRAConfig  # noqa: F401
+    from peft import PrefixTuningConfig  # noqa: F401
 except ImportError as error:
     report["absent"] = str(error)
 try:
-    import peft.tuners.hra
+    import peft.tuners.prefix_tuning
 except ModuleNotFoundError as error:
     report["absent_module"] = str(error)
 print(json.dumps(report))

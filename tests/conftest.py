@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from typing import Any
@@ -23,3 +24,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     connect = socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="package what is measured")
+
+
+def pytest_collection_finish() -> None:
+    """Tens of thousands of tests are no garbage, so none of them is looked at again."""
+    gc.freeze()

@@ -322,7 +322,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no type": (lambda f: (f / CONFIG).write_text("{}"), "has no 'peft_type'"),
     "an unknown type": (lambda f: edit(f, peft_type="NEW"), "of the method 'NEW'"),
     "an unknown field": (lambda f: edit(f, use_doraa=True), "did you mean 'use_dora'"),
-    "an option that is not here": (lambda f: edit(f, use_qalora=True), "does not have use_qalora"),
+    "an option that is not here": (
+        lambda f: edit(f, layer_replication=[[0, 1]]),
+        "have layer_replication",
+    ),
     "a bad value": (lambda f: edit(f, r=0), "cannot be used: r must be at least 1"),
     "cut weights": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:100]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -19,6 +20,13 @@ PAIRS = [
     for k in ("linear", "conv2d", "conv2d_groups", "embedding", "attention", "experts")
     for a, b in itertools.product(*[MAIN if k == "linear" else FAMILIES] * 2)
     if METHODS[a].applies(k) and METHODS[b].applies(k) and (a, b) != ("tokens", "tokens")
+]
+DROPOUTS = [
+    (m, f.name)
+    for m in MAIN
+    if METHODS[m].applies("linear")
+    for f in fields(METHODS[m].config())
+    if "dropout" in f.name and f.type in ("float", "float | None")
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 
@@ -55,6 +63,11 @@ def test_compiles(method: str, kind: str) -> None:
 @pytest.mark.parametrize("method, kind", COMPILED)
 def test_dtypes(method: str, kind: str, dtype: torch.dtype) -> None:
     laws.works_in(dtype, bench(kind, method))
+
+
+@pytest.mark.parametrize("method, name", DROPOUTS)
+def test_dropout(method: str, name: str) -> None:
+    laws.dropout_acts_in_training_alone(bench("linear", method), name)
 
 
 @pytest.mark.parametrize("a, b, kind", PAIRS)

@@ -29,8 +29,18 @@ _WHERE = {  # module -> the public names that it holds
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.updating": "convert_to_lora extract hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap save_as_lora",
+    "methods.lora_options": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.arrow": "create_arrow_model",
+    "inits.options": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+    "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "inits.corda": "preprocess_corda",
+    "inits.lora_ga": "preprocess_loraga",
+    "inits.requantised": "replace_lora_weights_loftq",
+    "optim.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "optim.loraplus": "create_loraplus_optimizer",
+    "optim.riemannian": "create_riemannian_optimizer",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
-    "set_peft_model_state_dict",
+    "set_peft_model_state_dict using",
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names.split()}
 _HOME |= {name: row.module for name, row in CONFIGS.items()}

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import FileError, did_you_mean, warn
+from .hooks import Hooks
+from .types import OwnType
 from .types import PeftType as PeftType
 from .types import TaskType as TaskType
 
@@ -31,7 +33,7 @@ C = TypeVar("C", bound="PeftConfig")
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(Hooks):
     """What every method's config has.
 
     Args:
@@ -60,7 +62,8 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.METHOD is not None:
-            self.peft_type = self.METHOD
+            own = isinstance(self.METHOD, PeftType)
+            self.peft_type = self.METHOD if own else OwnType(self.METHOD)
         elif self.peft_type is not None:
             self.peft_type = _member(PeftType, self.peft_type, "peft_type")
         if self.task_type is not None:
@@ -90,11 +93,7 @@ class PeftConfig:
             from .methods.stack import Stack
 
             return Stack(cls, config, site, shared)
-        return cls(config, site, shared)
-
-    def before(self, model: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-        """Values for the adapters of one call of the model, from its inputs."""
-        return {}
+        return cls(config, site) if shared is None else cls(config, site, shared)
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
         """A term of the training loss, from one name's adapters by path; the engine adds it."""
@@ -103,10 +102,13 @@ class PeftConfig:
     def after_step(self, adapters: Mapping[str, Adapter], step: int) -> None:
         """Called after the optimizer's ``step``-th step (1-based), while gradients are there."""
 
-    @classmethod
-    def has_schedule(cls) -> bool:
+    def has_penalty(self) -> bool:
+        """Whether ``penalty`` adds something."""
+        return type(self).penalty is not PeftConfig.penalty
+
+    def has_schedule(self) -> bool:
         """Whether training goes wrong where ``after_step`` is not called."""
-        return cls.after_step is not PeftConfig.after_step
+        return type(self).after_step is not PeftConfig.after_step
 
     def at(self: C, path: str, parameter: str = "weight") -> C:
         """This config with the values that hold at one path."""
@@ -138,7 +140,8 @@ class PeftConfig:
 
     def to_json(self) -> str:
         """The text of ``adapter_config.json``."""
-        return json.dumps(_plain(self.to_dict()), indent=2, sort_keys=True)
+        # fields in order; inside a pattern the user's order says which entry comes first
+        return json.dumps(dict(sorted(_plain(self.to_dict()).items())), indent=2)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` into a folder, made where it is missing."""
@@ -267,7 +270,6 @@ class TargetConfig(PeftConfig):
     BEYOND = beyond("exclude layers save")
     SUBSETS: ClassVar[tuple[str, ...]] = ()  # fields whose entries mean some of the adapted layers
     EMBEDDINGS: ClassVar[bool] = False  # without target_modules, the input embedding is meant
-    WHOLE: ClassVar[bool] = False  # it sits at whole modules, of any type
 
     def prepare(self, offer: Offer) -> None:
         """Spell out what the config means in this model."""
@@ -287,6 +289,20 @@ class TargetConfig(PeftConfig):
             if pattern_matches(key, path, parameter):
                 found |= values
         return found
+
+    def places(self, offer: Offer, path: str) -> list[Target]:
+        """The places that a path in ``target_modules`` stands for; none: it cannot sit there."""
+        return offer.targets(path)
+
+    def usual(self, offer: Offer) -> Any:
+        """``target_modules`` where the user gives none: PEFT's choice, or the repeated blocks.
+
+        Raises:
+            TargetError: the model does not show it.
+        """
+        from .targets.match import usual
+
+        return usual(offer, self)
 
     def settle(self, model_type: str, paths: Sequence[str]) -> None:
         """Fill in what depends on the architecture, once the adapted layers are known."""

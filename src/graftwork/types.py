@@ -69,3 +69,12 @@ class PeftType(_Name):
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
     DEFT = "DEFT"
+
+
+class OwnType(str):
+    """The ``peft_type`` of a method that PEFT does not have."""
+
+    @property
+    def value(self) -> str:
+        """The name."""
+        return str(self)

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from graftwork.testing.entry import Entry
 from graftwork.testing.layers import KINDS
 
 
@@ -19,6 +20,8 @@ class Case:
         config: builds the config, without targets.
         identity: whether it starts as the identity.
         main: whether it stands for its method where all pairs of methods are tested.
+        row: its name in the matrix; that of the method where it is main.
+        other: another config, where the same one cannot be active twice.
         call: arguments of every call, for four rows.
         needs: tags that a kind of layer must have.
         lacks: tags that it must not have.
@@ -28,6 +31,8 @@ class Case:
     config: Callable[[], Any]
     identity: bool = True
     main: bool = False
+    row: str = ""
+    other: Callable[[], Any] | None = None
     call: dict[str, Any] = field(default_factory=dict)
     needs: str = ""
     lacks: str = ""
@@ -79,3 +84,11 @@ METHODS: dict[str, Case] = {k: v for spec in _SPECS for k, v in spec.CASES.items
 PARITY: list[Parity] = [p for spec in _SPECS for p in getattr(spec, "PARITY", [])]
 CASES = [(m, k) for m, case in METHODS.items() for k in KINDS if case.applies(k)]
 MAIN = [m for m, case in METHODS.items() if case.main]
+# the rows of the matrix
+ROWS = {
+    case.row or case.config().method: Entry(
+        case.config, [k for k in KINDS if case.applies(k)], case.call, case.other
+    )
+    for case in METHODS.values()
+    if case.main or case.row
+}

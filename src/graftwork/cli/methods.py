@@ -19,11 +19,19 @@ def methods(
     method: Annotated[
         str | None, typer.Argument(help="show the options of this one", show_default=False)
     ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="what each method can do, beside what PEFT's can")
+    ] = False,
     json: Json = False,
 ) -> None:
     """List the methods, or the options of one."""
     from ..table import METHODS
 
+    if matrix:
+        from .. import capabilities
+
+        show_json(capabilities.load()) if json else print(capabilities.text(), flush=True)
+        return
     if method is not None:
         _options(method.upper().replace("-", "_"), json)
         return

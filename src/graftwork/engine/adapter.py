@@ -66,7 +66,7 @@ class Part(nn.Module):
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, mine in own.items():
             mine.copy_(tensors[name])
-        device = next(self.parameters()).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
         self.seen = {n: t.to(device).clone() for n, t in tensors.items() if n not in own}
 
 
@@ -88,6 +88,8 @@ class Adapter(Part):
     """
 
     stacked: ClassVar[bool] = False  # whether it takes weights with leading axes, as of experts
+    beside: ClassVar[bool] = False  # acts on what a module gives, whatever the module is
+    ready: ClassVar[bool] = False  # its values come from other files than its own
     replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
     FORBIDS: ClassVar[dict[str, str]] = {}  # capability -> why mathematics forbids it
     scale: float | Tensor  # a factor of the update, where the method has one
@@ -126,6 +128,17 @@ class Adapter(Part):
         """The output of a layer that uses the adapted weight transposed: a tied weight's end."""
         w, b = layer.weights()
         return layer.site.apply(x, self.fold(w.mT, None)[0].mT, b)
+
+    def ahead(self, x: Tensor, context: dict[str, Any]) -> Tensor | None:
+        """Where it acts beside: what is added to the input x; None: nothing."""
+        return None
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Where it acts beside: what is added to an output y, from y and the input x."""
+        return None
+
+    def passed(self, y: Tensor, context: dict[str, Any]) -> None:
+        """Where it acts beside: called with the output."""
 
     def skipped(self) -> bool:
         """Whether this forward goes without the adapter (``module_dropout`` in PEFT)."""
@@ -179,7 +192,13 @@ class Adapter(Part):
 class Additive(Adapter):
     """W + delta(): give ``delta``, and ``branch`` too where there is a cheaper way to apply it."""
 
-    dropout: nn.Module = nn.Identity()  # on the branch's input
+    dropout: nn.Module  # on the branch's input; on the class, a value would hide the instance's
+
+    def __init__(
+        self, config: Any = None, site: Site | None = None, shared: Shared | None = None
+    ) -> None:
+        super().__init__(config, site, shared)
+        self.dropout = nn.Identity()
 
     def delta(self) -> Tensor:
         """The update (..., out, in)."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class Host(nn.Module):
         for names, index in groups.items():
             where = torch.tensor(index, device=device)
             context = mixed.take(call.context, where // (n // len(rows)), len(rows))
+            if n != len(rows):  # values that were made for this call's own inputs
+                context = mixed.take(context, where, n)
             with self.switch.call(names, None, **context) if context else nullcontext():
                 taken = mixed.take(args, where, n), mixed.take(kwargs, where, n)
                 parts.append(self.choose(names, *taken))
@@ -93,8 +95,11 @@ class Host(nn.Module):
         return tuple(name for name in names if name in self.adapters)
 
     def parts(self, names: tuple[str, ...]) -> list[Adapter]:
-        """The adapters of these names at this layer, the lowest first."""
-        return [part for name in names for _, part in self.parts_of(name)]
+        """The adapters of these names at this layer, the lowest first; above are those that are no
+        weight, so that the others can be folded.
+        """
+        parts = [part for name in names for _, part in self.parts_of(name)]
+        return sorted(parts, key=lambda part: "merge" in part.FORBIDS)
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -122,10 +127,11 @@ class Host(nn.Module):
 
     def hidden(self, names: tuple[str, ...]) -> str | None:
         """Which of these adapters has no effect here, in words; None where all have one."""
-        parts = [(name, part) for name in names for _, part in self.parts_of(name)]
-        for i, (name, part) in enumerate(parts):
-            for low, other in parts[:i]:
-                if low != name and part.hides(other):
+        parts = [(name, *part) for name in names for part in self.parts_of(name)]
+        for i, (name, key, part) in enumerate(parts):
+            for low, place, other in parts[:i]:
+                apart = ":" in key and key != place  # parts at different parameters
+                if low != name and not apart and part.hides(other):
                     return f"{name!r} puts its values in place of those of {low!r} at {self.path}"
         return None
 
@@ -166,7 +172,7 @@ class Host(nn.Module):
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")
-        with no_autocast(self.base_layer):
+        with no_autocast(self.base_layer), steady(self.parts(names)):
             for key, value in self.folded(names) if names else ():
                 old = self.pristine(key)
                 value = value.to(old.dtype).contiguous().clone()
@@ -232,6 +238,19 @@ def no_autocast(module: nn.Module) -> Any:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
+@contextmanager
+def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block nothing is dropped: what is written or reported is the update itself."""
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.train()
+
+
 def owner_of(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
     """The submodule that holds a parameter, and the parameter's own name."""
     owner, _, leaf = dotted.rpartition(".")
@@ -287,7 +306,7 @@ class Beneath:
         below = Beneath(self.host, self.parts[:-1], self.call, self.base, want)
         if top.skipped():
             return cast(below(x), self.want)
-        if not self.site.linear:
+        if not self.site.linear and "merge" not in top.FORBIDS:
             return cast(Adapter.forward(top, x, below), self.want)
         return cast(top(cast(x, want), below), self.want)
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig, TargetConfig
-from ..errors import StateError, warn
+from ..errors import StateError, TargetError, warn
 from ..targets.offer import Offer
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost, no_autocast
 from .module import ModuleHost
 from .plan import MAIN, Key, Slot, plan
 from .schedule import Schedule
-from .site import kind_of
+from .site import ParameterSite, kind_of
 from .switch import BASE, Switch
 from .ties import Tied
 from .tree import hosts, inside, parameters, put, walk
@@ -74,6 +74,8 @@ def inject(
         model.requires_grad_(False)
     _place(model, name, built, meta)
     switch.configs[name] = config
+    if built.shared is not None:
+        switch.shared[name] = built.shared
     switch.activate(switch.active or (name,))
     for host in {id(h): h for h, _ in built.parts.values()}.values():
         host.set_requires_grad(name, not config.inference_mode and name in switch.active)
@@ -160,8 +162,20 @@ def _make(slot: Slot, host: Host, shared: Shared | None, *, start: bool, autocas
     assert slot.build is not None
     with _building(host):
         part = slot.build(host, shared)
-        if (site := host.site_of(slot.key)) is None or part.instead() is not None:
+        if part.instead() is not None:
             return part
+        site: Any = host.site_of(slot.key)  # none where the part acts beside a whole module
+        if isinstance(site, ParameterSite) and (reason := part.FORBIDS.get("merge")):
+            raise TargetError(
+                f"{type(part).__name__} cannot sit at {site.name}, which is read by its module's "
+                f"own code: {reason}"
+            )
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules())
+        if isinstance(site, ParameterSite) and drops:
+            raise TargetError(
+                f"dropout acts on a layer's input, and {site.name} is read by its module's own "
+                "code: set the dropout to 0, for this one alone with overrides={...}"
+            )
         part.derive(site)
         if start:
             part.start(site)
@@ -189,7 +203,7 @@ def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
     for (_, key), (host, part) in every:
         if part is None:
             continue
-        if meta:
+        if meta and not (isinstance(part, Adapter) and part.ready):
             _to_meta(part)
         host.adopt(name, key, part)
         for path in everywhere[id(host.base_layer)]:
@@ -214,7 +228,7 @@ def _to_meta(part: nn.Module) -> None:
 
 def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:
     """Register the schedule of an adapter whose config has one, or a penalty."""
-    if type(config).penalty is not PeftConfig.penalty or config.has_schedule():
+    if config.has_penalty() or config.has_schedule():
         own, parts = config.adapter(), {}
         for (_, key), (host, part) in built.parts.items():
             inner = [m for m in part.modules() if isinstance(m, own)]  # a stack has several

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from .adapter import Adapter
 from .host import Host, cast, no_autocast
+from .rows import tensors_in
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter
@@ -53,7 +54,7 @@ class ModuleHost(Host):
         """The parameters after folding, by name."""
         new: dict[str, Tensor] = {}
         for key, part in above:
-            if part.skipped():
+            if part.beside or part.skipped():
                 continue
             site = self.need_site(key)
             name = site.parameter
@@ -72,10 +73,38 @@ class ModuleHost(Host):
         module = self.base_layer if copy is None else copy
         if copy is None:
             new = {**self.originals, **new}
-        return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+        beside = [part for _, part in above if part.beside and not part.skipped()]
+        context = self.switch.current().context
+        for part in beside:
+            args, kwargs = _entered(part, args, kwargs, context)
+        out = functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+        for part in beside:
+            out = _added(part, out, args, kwargs)
+            part.passed(cast(tensors_in(out)[0], part.dtype), context)
+        return out
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         copy, above = self.stack(names)
         if copy is not None:
             yield from [*copy.named_parameters(), *copy.named_buffers()]
         yield from self.values(copy, above, keep_dtype=False).items()
+
+
+def _entered(part: Adapter, args: Any, kwargs: Any, context: dict[str, Any]) -> tuple[Any, Any]:
+    """A module's inputs with what a part adds to the first tensor among them."""
+    x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    more = part.ahead(cast(x, part.dtype), context)
+    if more is None:
+        return args, kwargs
+    new = x + cast(more, x.dtype)
+    args = tuple(new if v is x else v for v in args)
+    return args, {k: new if v is x else v for k, v in kwargs.items()}
+
+
+def _added(part: Adapter, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An output with what a part adds to it; of several outputs, to the first."""
+    if isinstance(out, (tuple, list)):
+        return type(out)([_added(part, out[0], args, kwargs), *out[1:]])
+    x = tensors_in((args, kwargs))[0]
+    more = part.added(cast(x, part.dtype), cast(out, part.dtype))
+    return out if more is None else out + cast(more, out.dtype)

@@ -49,7 +49,8 @@ def plan(offer: Offer, config: TargetConfig) -> list[Slot]:
 
 def _share(offer: Offer, config: TargetConfig) -> None:
     """With ``ensure_weight_tying``, a name of an embedding's other end means the embedding."""
-    shared, named = getattr(config, "ensure_weight_tying", False), config.target_modules
+    shared = getattr(config, "ensure_weight_tying", False) is not False
+    named = config.target_modules
     for first in [p for p, m in offer.modules.items() if isinstance(m, nn.Embedding)]:
         if shared and isinstance(named, set):
             ends = {path for path in offer.ends.get(first, ()) if kind_of(offer.modules[path])}
@@ -88,7 +89,7 @@ def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
     Trained tokens always do. What sits at the input embedding also acts at the embeddings that are
     tied to it, since models such as T5 call only those.
     """
-    wished = bool(getattr(config, "ensure_weight_tying", False))
+    wished = getattr(config, "ensure_weight_tying", False)
     first = offer.first_embedding()
     taken = {slot.path for slot in slots if slot.level != BENEATH}
     extra = []
@@ -96,7 +97,7 @@ def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
         here = offer.modules[slot.path]
         if slot.level == BENEATH or not kind_of(here):
             continue
-        everywhere = wished or slot.key == "trainable_tokens"
+        everywhere = wished is not False or slot.key == "trainable_tokens"
         for path in offer.ends.get(slot.path, ()):
             end = offer.modules[path]
             called = slot.path == first and isinstance(end, nn.Embedding)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,20 +78,54 @@ class Grafted(nn.Module):
         with self.calling(adapter_names, args, kwargs):
             return self._forward(self.switch, args, kwargs)
 
-    def calling(self, names: Sequence[str] | None, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A context for one call; takes from ``kwargs`` what adapters read."""
+    def calling(
+        self, names: Sequence[str] | None, args: Any, kwargs: dict[str, Any], once: bool = True
+    ) -> Any:
+        """A context for one call; takes from ``kwargs`` what adapters read. ``once``: it is one
+        forward.
+        """
         switch = self.switch
         now = switch.current()
         context: dict[str, Any] = {}
         for config in switch.configs.values():
             context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
-        for name in names or now.active:
-            if name in switch.configs:
-                context |= switch.configs[name].before(self.model, args, kwargs)
-        if names is None and not context:
+        for name in self._preparing(names or now.active) if once else ():
+            context |= switch.configs[name].before(self, name, args, kwargs)
+        if names is None and not context and once:
             return nullcontext()
         rows = now.rows if names is None else self.rows(names, (args, kwargs))
         return switch.call(now.active, rows, **{**now.context, **context})
+
+    def _preparing(self, names: Iterable[str]) -> list[str]:
+        """The adapters that compute something before each forward."""
+        configs = self.switch.configs
+        return [n for n in dict.fromkeys(names) if n in configs and configs[n].prepares()]
+
+    @contextmanager
+    def generating(
+        self, names: Sequence[str] | None, inputs: Any, kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """A context for a call that runs the user's model many times by itself."""
+        switch = self.switch
+        preparing = self._preparing(names or switch.current().active)
+        lasting = [name for name in preparing if switch.configs[name].LASTS]
+        preparing = [name for name in preparing if name not in lasting]
+        with ExitStack() as stack:
+            stack.enter_context(self.calling(names, inputs, kwargs, once=False))
+            call = switch.current()
+            for name in lasting:
+                call.context.update(switch.configs[name].before(self, name, inputs, kwargs))
+
+            def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                if switch.current() is call:  # and not what ``before`` itself runs
+                    for name in preparing:
+                        call.context.update(switch.configs[name].before(self, name, args, kwargs))
+
+            if preparing:  # each forward sees the whole sequence
+                kwargs["use_cache"] = False
+                handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
 
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         learning = self.training and torch.is_grad_enabled()
@@ -103,6 +137,9 @@ class Grafted(nn.Module):
             names = switch.current().active
             terms = [s.penalty() for n, s in switch.schedules.items() if n in names]
             outputs = add_to_loss(outputs, [t for t in terms if t is not None])
+        call = switch.current()
+        for name in self._preparing(call.active) if call.rows is None else ():
+            outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
             if learning:
@@ -114,6 +151,8 @@ class Grafted(nn.Module):
         if not floats or any(t.requires_grad for t in floats) or switch.merged:
             return
         parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
+        if any(part.skip for part in parts):
+            return  # a forward that leaves adapters out has no gradient now and then
         if any(tensor.requires_grad for part in parts for tensor in part.parameters()):
             raise TrainingError(
                 "no gradient reaches the adapters: the outputs do not depend on any trainable "
@@ -226,7 +265,7 @@ class Grafted(nn.Module):
         def named(names: Iterable[str]) -> tuple[str, ...]:
             return tuple(new if n == old else n for n in names)
 
-        tables: list[Any] = [switch.configs, switch.schedules]
+        tables: list[Any] = [switch.configs, switch.schedules, switch.shared]
         for host in self.hosts().values():
             tables.append(host.adapters._modules)
             host.merged_adapters = named(host.merged_adapters)
@@ -324,6 +363,10 @@ class Grafted(nn.Module):
         except AttributeError:
             if name == "model" or "model" not in self.__dict__.get("_modules", {}):
                 raise
+            switch: Switch = self.__dict__["switch"]
+            for own in (*switch.active, *switch.configs):
+                if own in switch.configs and name in switch.configs[own].OFFERS:
+                    return getattr(switch.shared[own], name)
             return getattr(self.model, name)
 
 
@@ -341,6 +384,7 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
     for name in names:
         switch.configs.pop(name)
         switch.schedules.pop(name, None)
+        switch.shared.pop(name, None)
     left = tuple(n for n in switch.active if n in switch.configs)
     if not left and switch.configs and switch.active:
         left = (next(iter(switch.configs)),)

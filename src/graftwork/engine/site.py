@@ -104,7 +104,15 @@ class Site:
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``apply(x, b @ a)`` without the product; a (r, in), b (out, r)."""
-        return F.linear(self.apply(x, a), b)
+        return self.expand(self.reduce(x, a), b)
+
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        """The first half of ``low_rank``: r channels, for each group of a convolution."""
+        return self.apply(x, a)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        """The second half of ``low_rank``."""
+        return F.linear(h, b)
 
     def outputs(self, v: Tensor) -> Tensor:
         """A vector (out,) shaped to broadcast over the layer's output."""
@@ -184,10 +192,12 @@ class Conv(Site):
         y: Tensor = self.layer._conv_forward(x, self.from_matrix(matrix), bias)
         return y
 
-    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        groups = self.layer.groups
-        h = self.apply(x, a.repeat(groups, 1))  # r channels for each group
-        return CONV[len(self.ones)](h, b.reshape(*b.shape, *self.ones), groups=groups)
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.apply(x, a.repeat(self.layer.groups, 1))
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        b = b.reshape(*b.shape, *self.ones)
+        return CONV[len(self.ones)](h, b, groups=self.layer.groups)
 
     def outputs(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *self.ones)
@@ -242,8 +252,11 @@ class Embedding(Site):
             )
         return self.scaled(rows)
 
-    def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return self.scaled(F.linear(F.embedding(x, a.mT, self.layer.padding_idx), b))
+    def reduce(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.mT, self.layer.padding_idx)
+
+    def expand(self, h: Tensor, b: Tensor) -> Tensor:
+        return self.scaled(F.linear(h, b))
 
     def scaled(self, rows: Tensor) -> Tensor:
         """``rows`` times the model's own embedding scale, where it has one (Gemma)."""

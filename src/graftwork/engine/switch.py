@@ -10,7 +10,7 @@ carry a hook that names their call to the recomputation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class Call:
     switch: Switch
     active: tuple[str, ...]
     rows: tuple[str, ...] | None = None  # one adapter name a row of a mixed batch
-    context: Mapping[str, Any] = field(default_factory=dict)  # for routed methods: task ids, gates
+    context: dict[str, Any] = field(default_factory=dict)  # for routed methods: task ids, gates
 
 
 class Switch:
@@ -51,6 +51,7 @@ class Switch:
     def __init__(self) -> None:
         self.configs: dict[str, PeftConfig] = {}
         self.schedules: dict[str, Schedule] = {}  # of the adapters that follow the optimizer
+        self.shared: dict[str, Any] = {}  # what the parts of an adapter share, where they do
         self.trainable: frozenset[str] = frozenset()  # base parameters that were trainable before
         self.merged: tuple[str, ...] = ()  # what is merged into the whole model, the lowest first
         self.before_merge: tuple[str, ...] = ()  # what was active before

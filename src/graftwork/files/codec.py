@@ -81,8 +81,19 @@ def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
             at = own.at(path, site.parameter if site else "weight")
             found.append(Owned(part, f"{path}.{part.prefix}", at))
         if (shared := host.shared_of(name)) is not None:
-            found.append(Owned(shared, MARK, own))
+            found.insert(0, Owned(shared, MARK, own))  # the parts may build on what it holds
     return found
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, none of them in the memory of another: what layers share is repeated."""
+    seen: set[tuple[int, torch.Size]] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        out[name] = tensor.clone() if key in seen and not tensor.is_meta else tensor
+        seen.add(key)
+    return out
 
 
 def full(plain: str, wrapped: bool = True) -> str:
@@ -176,8 +187,10 @@ def fill(
     for plain, (o, key, _) in want.items():
         if plain in found:
             by_part.setdefault(id(o), (o, {}))[1][key] = tensors[found[plain]]
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    for o in parts:  # also those that share what others take
+        _materialise(o.part, device)
     for o, values in by_part.values():
-        _materialise(o.part, next(iter(values.values())).device)
         o.part.take(values, o.config)
     for plain, weight in _embeddings(model, tensors, want).items():
         if plain in found and weight.shape == tensors[found[plain]].shape:

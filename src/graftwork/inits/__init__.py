@@ -1,24 +1,26 @@
 """How a LoRA's factors start: A and B of one adapter at one site, in the shapes in which they are
 stored.
 
-The base weight is never touched. A start whose product is not zero (PiSSA, OLoRA) is marked
-``subtract``: its product is taken away again, so that the adapted layer begins as the base layer,
-and disabling gives the base layer exactly.
+The base weight is never touched. A start whose product is not zero (PiSSA, OLoRA, CorDA, LoRA-GA)
+is marked ``subtract``: its product is taken away again, so that the adapted layer begins as the
+base layer, and disabling gives the base layer exactly.
+
+A start from the user's data is computed before there are adapters, by a function of PEFT's name in
+a file of its own, and noted at the layers (``noted.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..engine.site import Embedding
+from ..engine.site import Conv1D, Embedding, Site
 from ..errors import did_you_mean, warn
-from . import plain, svd
-
-if TYPE_CHECKING:
-    from ..engine.site import Site
+from . import loftq, plain, svd
+from .mica import mica
+from .noted import noted
 
 
 class Start(NamedTuple):
@@ -26,6 +28,7 @@ class Start(NamedTuple):
 
     factors: Callable[[Any, Site], tuple[Tensor, Tensor]]
     subtract: bool = False
+    taken: Callable[[Any, Site], tuple[Tensor, Tensor]] | None = None  # if not ``factors`` itself
 
 
 STARTS = {
@@ -35,7 +38,13 @@ STARTS = {
     "orthogonal": Start(plain.orthogonal),
     "pissa": Start(svd.pissa, subtract=True),
     "olora": Start(svd.olora, subtract=True),
+    "mica": Start(mica),
+    "eva": Start(plain.kaiming),  # until initialize_lora_eva_weights
+    "corda": Start(noted("corda"), subtract=True),
+    "lora_ga": Start(noted("lora_ga"), subtract=True),
+    "loftq": Start(loftq.factors, subtract=True, taken=loftq.taken),
 }
+MATRICES = (Site, Conv1D)  # the sites at which starts from data are known
 
 
 def start_of(how: bool | str, site: Site) -> Start:
@@ -45,10 +54,11 @@ def start_of(how: bool | str, site: Site) -> Start:
         ValueError: no start has that name.
     """
     name = str(how).lower()
-    if isinstance(site, Embedding) and name.startswith(("pissa", "olora")):
+    table = isinstance(site, Embedding) and name.startswith(("pissa", "olora", "loftq"))
+    if table or (name in ("corda", "lora_ga") and type(site) not in MATRICES):
         warn(
-            f"init_lora_weights={how!r} has no meaning at the embedding {site.path}; as in PEFT, "
-            "B A starts at 0 there"
+            f"init_lora_weights={how!r} has no meaning at {site.path} {site.describe()}; as in "
+            "PEFT, B A starts at 0 there"
         )
         name = "true"
     if name.startswith("pissa_niter_"):

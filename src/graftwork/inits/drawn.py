@@ -5,6 +5,9 @@ seed, in one order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,3 +26,26 @@ def kaiming(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
         new = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=drawn)
         out.append(new.to(torch.get_default_device()))
     return out
+
+
+@lru_cache(maxsize=8)  # many layers have the same shape, and a permutation takes long
+def _first(seed: int | None, total: int, n: int) -> tuple[int, ...]:
+    drawn = torch.Generator(device="cpu") if seed is None else generator(seed)
+    return tuple(torch.randperm(total, generator=drawn, device="cpu")[:n].tolist())
+
+
+def positions(seed: int | None, total: int, n: int) -> Tensor:
+    """``n`` different numbers below ``total``, the first of a random order."""
+    return torch.tensor(_first(seed, total, n), dtype=torch.int64)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block, torch's own generators for the CPU and this device begin at a seed."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

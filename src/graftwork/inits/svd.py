@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.site import Site
+from .drawn import seeded
 
 
 def pissa(adapter: Any, site: Site) -> tuple[Tensor, Tensor]:
@@ -26,8 +27,7 @@ def fast_pissa(name: str) -> Callable[[Any, Site], tuple[Tensor, Tensor]]:
         )
 
     def start(adapter: Any, site: Site) -> tuple[Tensor, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a file's reader must find the same factors again
+        with seeded(0, site.raw.device):  # a file's reader must find the same factors again
             u, s, v = torch.svd_lowrank(
                 site.weight.to(torch.float32), q=adapter.r, niter=int(rounds)
             )

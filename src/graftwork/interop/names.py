@@ -7,6 +7,7 @@ it must be the same class.
 from __future__ import annotations
 
 from ..table import CONFIGS
+from ..types import PeftType
 
 _TASKS = (
     "CausalLM FeatureExtraction QuestionAnswering Seq2SeqLM SequenceClassification "
@@ -29,21 +30,28 @@ _OFFERS = {
     "prepare_model_for_compiled_hotswap save_as_lora",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict delete_adapter set_adapter set_requires_grad",
-    "engine.root": "BaseTuner=Grafted LoraModel=Grafted AdaLoraModel=Grafted IA3Model=Grafted "
-    "TrainableTokensModel=Grafted",
-    "engine.host": "BaseTunerLayer=Host AdaLoraLayer=Host IA3Layer=Host "
-    "TrainableTokensLayer=Host Linear=Host",
+    "methods.lora_options": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.arrow": "create_arrow_model",
+    "inits.options": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+    "inits.batches": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
+    "prepare_model_inputs_fn_language_modeling",
+    "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "inits.corda": "preprocess_corda",
+    "inits.lora_ga": "preprocess_loraga",
+    "inits.requantised": "replace_lora_weights_loftq",
+    "optim.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
+    "optim.loraplus": "create_loraplus_optimizer",
+    "optim.riemannian": "create_riemannian_optimizer",
+    "engine.root": "BaseTuner=Grafted",
+    "engine.host": "BaseTunerLayer=Host Linear=Host",
     "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING "
     "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig "
     "SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME "
-    "build_peft_weight_mapping cast_mixed_precision_params check_if_peft_model "
+    "cast_mixed_precision_params check_if_peft_model "
     "check_target_module_exists fsdp_auto_wrap_policy get_layer_status get_model_status "
     "get_peft_config infer_device is_bnb_4bit_available is_bnb_available "
-    "prepare_model_for_kbit_training TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING "
-    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING "
-    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "prepare_model_for_kbit_training TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
 }
 # PEFT's name -> (module here, name there)
 NAMES = {
@@ -52,17 +60,27 @@ NAMES = {
     for theirs, _, ours in (offer.partition("=") for offer in offers.split())
 }
 NAMES |= {name: (row.module, name) for name, row in CONFIGS.items()}
+_PEFTS = {name: row for name, row in CONFIGS.items() if row.name in PeftType.__members__}
+for _name, _row in _PEFTS.items():
+    _stem = _name.removesuffix("Config")
+    NAMES[f"{_stem}Model"] = ("engine.root", "Grafted")
+    NAMES.setdefault(f"{_stem}Layer", ("engine.host", "Host"))
+    _kind = "LNTUNING" if _row.name == "LN_TUNING" else _row.name
+    _name = f"TRANSFORMERS_MODELS_TO_{_kind}_TARGET_MODULES_MAPPING"
+    NAMES[_name] = ("interop.shims", _name)
 MODULES = frozenset(
     f"peft.{name}".rstrip(".")
     for name in (
         " auto config functional helpers import_utils mapping mapping_func mixed_model peft_model "
-        "tuners tuners.tuners_utils tuners.lora tuners.lora.layer tuners.lora.config "
-        "tuners.lora.model tuners.adalora tuners.adalora.config tuners.adalora.layer "
-        "tuners.adalora.model tuners.ia3 tuners.ia3.config tuners.ia3.layer tuners.ia3.model "
-        "tuners.trainable_tokens tuners.trainable_tokens.config tuners.trainable_tokens.layer "
-        "tuners.trainable_tokens.model tuners.mixed tuners.mixed.model utils utils.constants "
+        "optimizers optimizers.lorafa optimizers.loraplus optimizers.riemannian tuners.lora.arrow "
+        "tuners tuners.tuners_utils tuners.lora.variants tuners.lora.eva tuners.lora.corda "
+        "tuners.lora.loraga tuners.mixed tuners.mixed.model utils utils.constants "
         "utils.error utils.hotswap utils.integrations utils.other utils.peft_types "
-        "utils.save_and_load "
-        "utils.transformers_weight_conversion utils.warning"
+        "utils.loftq_utils utils.save_and_load utils.warning"
     ).split(" ")
 )
+MODULES |= {
+    f"peft.tuners.{row.name.lower()}{part}"
+    for row in _PEFTS.values()
+    for part in ("", ".config", ".layer", ".model")
+}

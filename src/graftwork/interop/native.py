@@ -1,7 +1,5 @@
-"""transformers' own ``model.load_adapter``, under ``as_peft()``, with transformers before 5.18.
-
-Later versions ask this library where the tensors of a file go; earlier ones know PEFT's names of
-parameters by heart. For those, the method is replaced by one that loads as this library does.
+"""transformers' own ``model.load_adapter``, under ``as_peft()``: it knows PEFT's parameters by
+name, so the method is replaced by one that loads as this library does.
 """
 
 from __future__ import annotations
@@ -21,17 +19,16 @@ from ..model.functional import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-
-ASKS = (5, 18)  # the version of transformers that asks where tensors go
+from ..model.updating import (
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
 
 
 def teach(module: ModuleType) -> None:
-    """Replace the method in ``transformers.integrations.peft`` where that is needed."""
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    """Replace the method in ``transformers.integrations.peft``."""
     mixin = module.__dict__.get("PeftAdapterMixin")
-    if mixin is not None and version < ASKS:
+    if mixin is not None:
         mixin.load_adapter = load_adapter
 
 
@@ -46,6 +43,7 @@ def load_adapter(
     hotswap: bool | str = "auto",
     local_files_only: bool = False,
     adapter_kwargs: dict[str, Any] | None = None,
+    load_config: Any = None,
     **kwargs: Any,
 ) -> LoadReport:
     """Load an adapter into a model of transformers, in place; the arguments are transformers'.
@@ -55,21 +53,27 @@ def load_adapter(
         StateError: nothing says what to load, or the name is taken.
     """
     name = adapter_name or "default"
-    options = {k: v for k, v in kwargs.items() if k in (*HUB_OPTIONS, "subfolder")}
+    given = {**getattr(load_config, "download_kwargs", {}), **kwargs}
+    options = {k: v for k, v in given.items() if k in (*HUB_OPTIONS, "subfolder")}
     options |= {"local_files_only": True} if local_files_only else {}
     options |= adapter_kwargs or {}
+    peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
         raise StateError("give peft_model_id, or both peft_config and adapter_state_dict")
     config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **options)
     if isinstance(config, Mapping):
         config = PeftConfig.from_peft_type(**config)
     config.inference_mode = not is_trainable
-    tensors = adapter_state_dict or load_peft_weights(str(peft_model_id), **options)
+    tensors = dict(adapter_state_dict or load_peft_weights(str(peft_model_id), **options))
+    ready = getattr(self, "_hotswap_enabled", False)
     known = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
-    if name not in known or hotswap in (False, "auto"):
-        inject_adapter_in_model(config, self, name)
+    if hotswap is True or (hotswap and ready and name in known):
+        return hotswap_adapter_from_state_dict(self, tensors, name, config)
+    inject_adapter_in_model(config, self, name, low_cpu_mem_usage)
     self._hf_peft_config_loaded = True
     report = set_peft_model_state_dict(self, tensors, name)
+    if ready:
+        prepare_model_for_compiled_hotswap(self, **self._prepare_peft_hotswap_kwargs)
     if not is_trainable:
         self.eval()
     return report

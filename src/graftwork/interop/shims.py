@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,21 +85,6 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     )
     whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)
     return functools.partial(_or_policy, policies=[adapters, whole])
-
-
-def build_peft_weight_mapping(
-    weight_conversions: Sequence[Any] | None,
-    adapter_name: str,
-    peft_config: PeftConfig | None = None,
-) -> list[Any]:
-    """For transformers' loader: names in a PEFT file -> names in the model; hosts add their own."""
-    from transformers.core_model_loading import WeightRenaming
-
-    own = [
-        WeightRenaming("base_model.model.model.", "model."),
-        WeightRenaming("base_model.model.", ""),
-    ]
-    return own + [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
 
 
 def check_target_module_exists(config: TargetConfig, key: str) -> bool:
@@ -193,6 +177,15 @@ def is_bnb_available() -> bool:
 is_bnb_4bit_available = is_bnb_available
 
 
+# what PEFT's tensor names begin with, where it is not the method's name
+_PREFIX = {
+    "ADALORA": "lora_",
+    "LOHA": "hada_",
+    "VERA": "vera_lambda_",
+    "PVERA": "pvera_lambda_",
+}
+
+
 def _mapping() -> dict[PeftType, type[PeftConfig]]:
     return {
         PeftType(name): row.config for name, row in METHODS.items() if name in PeftType.__members__
@@ -205,17 +198,12 @@ def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_TUNER_MAPPING":
         return dict.fromkeys(_mapping(), Grafted)
     if name == "PEFT_TYPE_TO_PREFIX_MAPPING":
-        prefixes = {
-            "LORA": "lora_",
-            "ADALORA": "lora_",
-            "IA3": "ia3_",
-            "TRAINABLE_TOKENS": "trainable_tokens_",
-        }
-        return {PeftType(k): v for k, v in prefixes.items()}
+        return {kind: _PREFIX.get(kind.value, f"{kind.value.lower()}_") for kind in _mapping()}
     if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix(
             "_TARGET_MODULES_MAPPING"
         )
+        method = "LN_TUNING" if method == "LNTUNING" else method
         if method in METHODS:
             return dict(METHODS[method].config.TARGETS)
     if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":

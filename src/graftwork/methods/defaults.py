@@ -91,3 +91,59 @@ IA3_FEEDFORWARD: dict[str, list[str]] = {
 PHI_QV = {**LORA, "phi": _QV}
 C_PROJ = {**LORA, **dict.fromkeys(["gpt2", "gpt_bigcode"], ["mlp.c_proj"])}
 VBLORA = {**ADALORA, "roberta": ["query", "value"]}
+ADAMSS = {**LORA, "vit": ["query", "value"]}
+FROD = {**PHI_QV, "vit": ["query", "value"]}
+
+_NORMS = ["input_layernorm", "post_attention_layernorm"]
+_NORMS4 = [*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"]
+LN_TUNING: dict[str, list[str] | str] = {
+    **dict.fromkeys(["llama", "mistral", "gemma"], [*_NORMS, "norm"]),
+    **dict.fromkeys(["gemma2", "gemma3_text"], _NORMS4),
+    **dict.fromkeys(["bloom", "falcon"], [*_NORMS, "ln_f"]),
+    "llava": ["multi_modal_projector", *_NORMS, "norm", "embed_tokens", "lm_head"],
+    **dict.fromkeys(["t5", "mt5"], ["layer_norm", "final_layer_norm"]),
+    "bart": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
+    "gptj": ["ln_1", "ln_f"],
+    "phi": ["input_layernorm", "final_layernorm"],
+    **dict.fromkeys(["qwen2", "qwen3"], ["post_attention_layernorm"]),
+}
+
+BEFT: dict[str, list[str] | str] = {
+    **dict.fromkeys(["t5", "mt5"], ["v"]),
+    **dict.fromkeys(["roberta", "bert"], ["value"]),
+    "deberta-v2": ["value_proj"],
+    **dict.fromkeys(
+        "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 "
+        "qwen3".split(),
+        ["v_proj"],
+    ),
+}
+
+_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+OSF: dict[str, list[str] | str] = {
+    **dict.fromkeys(
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi".split(), _SEVEN
+    ),
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn", "c_proj"]),
+    **dict.fromkeys(["bloom", "gpt_neox", "falcon"], ["query_key_value", "dense_4h_to_h"]),
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "gptj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"],
+}
+
+# where bottleneck adapters go, as ends of paths: behind attention, behind the feed-forward part
+BOTTLENECK: dict[str, list[str] | str] = {
+    **dict.fromkeys(
+        "bert roberta xlm-roberta electra layoutlm deberta deberta-v2".split(),
+        [r"attention\.output\.dense", r"\d+\.output\.dense"],
+    ),
+    "distilbert": ["out_lin", r"ffn\.lin2"],
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], [r"attn\.c_proj", r"mlp\.c_proj"]),
+    **dict.fromkeys(["t5", "mt5"], ["o", "wo"]),
+    **dict.fromkeys(["bart", "opt"], ["out_proj", "fc2"]),
+    **dict.fromkeys(
+        "llama mistral gemma gemma2 gemma3_text qwen2 qwen3".split(), ["o_proj", "down_proj"]
+    ),
+    "vit": ["o_proj", "fc2"],
+}

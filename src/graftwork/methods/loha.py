@@ -81,7 +81,11 @@ class LoHa(Additive):
         return torch.einsum("ij...,jr,ip->pr...", t, b, a).flatten(1)
 
     def delta(self) -> Tensor:
-        update: Tensor = self.scale * self.factor(1) * self.factor(2)
-        if self.training and self.row_dropout:
-            update = update * (torch.rand(len(update), 1).to(update) > self.row_dropout)
-        return update
+        return self.scale * self.factor(1) * self.factor(2)
+
+    def branch(self, x: Tensor, site: Site) -> Tensor:
+        y = super().branch(x, site)
+        if not (self.training and self.row_dropout):
+            return y
+        kept = torch.rand(site.shape[0]) > self.row_dropout
+        return y * site.outputs(kept.to(y))

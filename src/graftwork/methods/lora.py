@@ -35,7 +35,7 @@ class LoRA(LowRank):
         self.register_buffer("A0", None, persistent=False)
         self.register_buffer("B0", None, persistent=False)
         self.r, self.site, self.lead = config.r, site, site.lead
-        self.start_name = config.init_lora_weights
+        self.start_name, self.loftq_config = config.init_lora_weights, config.loftq_config
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(site, Embedding):
@@ -46,13 +46,13 @@ class LoRA(LowRank):
     def derive(self, site: Site) -> None:
         start = start_of(self.start_name, site)
         if start.subtract:
-            a, b = start.factors(self, site)
+            a, b = (start.taken or start.factors)(self, site)
             self.A0, self.B0 = a.to(self.A), b.to(self.B)
 
     def start(self, site: Site) -> None:
-        a, b = self.A0, self.B0
-        if a is None or b is None:
-            a, b = start_of(self.start_name, site).factors(self, site)
+        a, b, start = self.A0, self.B0, start_of(self.start_name, site)
+        if a is None or b is None or start.taken is not None:
+            a, b = start.factors(self, site)
         self.A.copy_(a)
         self.B.copy_(b)
 
@@ -95,3 +95,16 @@ class LoRA(LowRank):
             return self.file_tensors()
         other = LINEAR_KEYS if "lora_embedding_A" in self.keys.values() else EMBEDDING_KEYS
         return {other["A"]: self.B.mT, other["B"]: self.A.mT}
+
+
+def fixed_rank(part: LoRA, rank: int) -> None:
+    """Instead of ``pad``, where other tensors than A and B depend on the rank.
+
+    Raises:
+        ValueError: there is not enough room for the higher rank.
+    """
+    if rank > part.r:
+        raise ValueError(
+            f"the {type(part).__name__} at {part.site.path} has r={part.r}, and room for {rank} "
+            "can be made in plain LoRA only; use target_rank=None, or train it with that rank"
+        )

@@ -2,34 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..config import PeftType, beyond, check_probability, check_rank
+from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
 from ..engine.adapter import Adapter
 from . import defaults
-from .absent import AbsentLoraOptions
+from .lora_options import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    options_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine.root import Grafted
+
+# the option that asks for a variant -> its adapter class
+VARIANTS = {
+    "use_dora": "dora:DoRA",
+    "kasa_config": "kasa:KaSA",
+    "use_qalora": "qalora:QALoRA",
+    "use_bdlora": "bdlora:BDLoRA",
+    "velora_config": "velora:VeLoRA",
+    "monteclora_config": "monteclora:MonteCLoRA",
+    "alora_invocation_tokens": "alora:ALoRA",
+    "arrow_config": "arrow:Arrow",
+    "mica": "mica:MiCA",  # a value of init_lora_weights
+}
+OPTIONS = {
+    "kasa_config": KasaConfig,
+    "use_bdlora": BdLoraConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "arrow_config": ArrowConfig,
+}
+REFUSED = ("megatron_config", "layer_replication", "runtime_config")
+RESHAPED = ("use_qalora", "use_bdlora")  # variants whose factors have shapes of their own
+PLAIN_STARTS = ("true", "false", "gaussian")
 
 
 @dataclass
-class LoraConfig(AbsentLoraOptions):
-    """Low-rank adaptation; also DoRA (``use_dora``) and rsLoRA (``use_rslora``)."""
+class LoraConfig(TargetConfig):
+    """Low-rank adaptation, its starts and its variants, of which an adapter may be one."""
 
     r: int = 8  # rank
     lora_alpha: float = 8  # the update is scaled by lora_alpha / r
     lora_dropout: float = 0.0  # probability, on the input of A, in training
-    use_rslora: bool = False
+    use_rslora: bool = False  # the scale is lora_alpha / sqrt(r)
     init_lora_weights: bool | str = True  # or a name in inits.STARTS: "gaussian", "pissa", ...
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     alpha_pattern: Any = field(default_factory=dict)  # the same for lora_alpha
-    use_dora: bool = False
     lora_bias: bool = False  # B has a bias
     ensure_weight_tying: bool = False  # an adapter on a tied weight acts at both ends
+    use_dora: bool = False
+    kasa_config: Any = None  # KasaConfig
+    use_qalora: bool = False
+    qalora_group_size: int = 16  # inputs that QALoRA pools
+    use_bdlora: Any = None  # BdLoraConfig
+    velora_config: Any = None  # VeloraConfig
+    monteclora_config: Any = None  # MontecloraConfig
+    alora_invocation_tokens: list[int] | None = None  # ids from which on aLoRA acts
+    arrow_config: Any = None  # ArrowConfig
+    loftq_config: Any = field(default_factory=dict)  # LoftQConfig, of init_lora_weights="loftq"
+    eva_config: Any = None  # EvaConfig, of "eva"
+    corda_config: Any = None  # CordaConfig, of "corda"
+    lora_ga_config: Any = None  # LoraGAConfig, of "lora_ga"
+    layer_replication: Any = None  # PEFT's, not here
+    megatron_config: dict[str, Any] | None = None  # PEFT's, not here
+    megatron_core: str | None = "megatron.core"  # PEFT's
+    runtime_config: Any = None  # PEFT's, not here
 
     METHOD = PeftType.LORA
     BEYOND = beyond("exclude fan bias save layers target_parameters trainable_token_indices")
     PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     TARGETS = defaults.LORA
+    CONTEXT = ("alora_offsets",)
+    LASTS = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,9 +92,60 @@ class LoraConfig(AbsentLoraOptions):
         for r in (self.r, *ranks):
             check_rank(r, "r")
         check_probability(self.lora_dropout, "lora_dropout")
+        check_rank(self.qalora_group_size, "qalora_group_size")
+        for name, kind in OPTIONS.items():
+            setattr(self, name, options_of(getattr(self, name), kind))
+        for name in REFUSED:
+            if getattr(self, name):
+                raise ValueError(
+                    f"graftwork does not have {name}, an option of PEFT's LoRA that changes what "
+                    "an adapter computes; leave it out, or use PEFT"
+                )
+        if self.variant in RESHAPED and str(self.init_lora_weights).lower() not in PLAIN_STARTS:
+            raise ValueError(
+                f"{self.variant} gives A or B another shape, which init_lora_weights="
+                f"{self.init_lora_weights!r} does not know; use one of [True, False, 'gaussian']"
+            )
+        if self.variant and self.ensure_weight_tying:
+            raise ValueError(f"{self.variant} has no ensure_weight_tying; leave it out")
+        if self.variant and type(self).adapter is not LoraConfig.adapter:
+            raise ValueError(f"{type(self).__name__} has no {self.variant}; leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k != "runtime_config"}
+
+    @property
+    def variant(self) -> str | None:
+        """The key in VARIANTS of the one that is asked for.
+
+        Raises:
+            ValueError: several are, and they exclude each other.
+        """
+        mica = str(self.init_lora_weights).lower() == "mica"
+        asked = [name for name in VARIANTS if getattr(self, name, mica)]
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} are variants that exclude each other; use one")
+        return asked[0] if asked else None
 
     def adapter(self) -> type[Adapter]:
-        from .dora import DoRA
-        from .lora import LoRA
+        where = VARIANTS[self.variant] if self.variant else "lora:LoRA"
+        module, _, name = where.partition(":")
+        found: type[Adapter] = getattr(import_module(f".{module}", __package__), name)
+        return found
 
-        return DoRA if self.use_dora else LoRA
+    def prepares(self) -> bool:
+        return self.variant == "alora_invocation_tokens"
+
+    def before(self, root: Grafted, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
+        from .alora import invoked
+
+        return invoked(self.alora_invocation_tokens or (), args, kwargs)
+
+    def has_penalty(self) -> bool:
+        own = type(self).penalty is not LoraConfig.penalty
+        return own or hasattr(self.adapter(), "penalty")
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        own: Any = self.adapter()
+        term: Tensor = own.penalty(list(adapters.values()), self)
+        return term

@@ -49,7 +49,8 @@ class Stack(Adapter):
     def __init__(self, kind: type[Adapter], config: Any, site: Site, shared: Shared | None) -> None:
         super().__init__(config, site, shared)
         self.lead = site.lead
-        every = [kind(config, one, shared) for one in self.slices(site)]
+        also = () if shared is None else (shared,)
+        every = [kind(config, one, *also) for one in self.slices(site)]
         self.every = nn.ModuleList(every)
         self.replaces, self.FORBIDS = every[0].replaces, every[0].FORBIDS  # type: ignore[misc]
         self.scale, self.skip = every[0].scale, every[0].skip

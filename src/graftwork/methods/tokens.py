@@ -83,6 +83,9 @@ class Tokens(Adapter):
     def hides(self, beneath: Adapter) -> bool:
         return isinstance(beneath, Tokens) and bool(torch.isin(beneath.indices, self.indices).any())
 
+    def change(self, w: Tensor) -> Tensor:
+        """What the rows add to those of the weight w, (n, dim)."""
+        return self.rows - (w[:, self.indices].mT if self.columns else w[self.indices])
+
     def delta_norm(self, w: Tensor) -> float:
-        old = w[:, self.indices].mT if self.columns else w[self.indices]
-        return float((self.rows - old).norm())
+        return float(self.change(w).norm())

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
-from ..engine.site import Site, Standing, kind_of
+from ..engine.site import ParameterSite, Site, Standing, kind_of
 
 if TYPE_CHECKING:
-    from ..engine.host import Beneath
+    from ..engine.host import Beneath, Host
 
 
 class Copy(Adapter):
@@ -52,9 +52,15 @@ class Copy(Adapter):
         return dict(self.module.state_dict(keep_vars=True))
 
     def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
-        for name, mine in self.file_tensors().items():
+        for name, mine in self.module.state_dict(keep_vars=True).items():
             if name in tensors:
                 mine.copy_(tensors[name])
+
+
+def whole(host: Host, key: str, kind: type[Copy] = Copy) -> Adapter:
+    """What trains at a place as a whole: the module there, or one bare parameter of it."""
+    site = host.site_of(key)
+    return Whole(site) if isinstance(site, ParameterSite) else kind(host.base_layer, host.path)
 
 
 class Bias(Adapter):
@@ -89,4 +95,7 @@ class Whole(Adapter):
         self.keys = {"value": site.parameter.rpartition(".")[2]}  # type: ignore[misc]
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.value, b
+        return self.site.to_matrix(self.value), b
+
+    def hides(self, beneath: Adapter) -> bool:
+        return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,12 +129,13 @@ def get_peft_model_state_dict(
         save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))
     if save_embedding_layers:
         tensors.update(_embedding_tensors(inner, tensors, targeted))
+    tensors = codec.apart(tensors)
     return {codec.full(key, inner is not model): tensor for key, tensor in tensors.items()}
 
 
 def _targets_embeddings(model: nn.Module, name: str) -> bool:
     """Whether the adapter sits at an embedding or output layer of the names that PEFT knows."""
-    targets = getattr(switch_of(model).configs[name], "target_modules", None) or ()
+    targets = switch_of(model).configs[name].to_dict().get("target_modules") or ()  # as in the file
     if not isinstance(targets, str):
         return bool({"embed_tokens", "lm_head"} & set(targets))
     known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
@@ -256,6 +258,21 @@ def set_adapter(
     switch.activate(switch.check(names))
     for host in hosts(user_model(model)).values():
         host.set_adapter(names, inference_mode)
+
+
+def using(
+    model: nn.Module, *names: str, rows: Sequence[str] | None = None, **values: Any
+) -> AbstractContextManager[None]:
+    """Within the block, in this thread, a model with injected adapters computes with this choice.
+
+    Args:
+        model: a model with adapters, wrapped or not.
+        *names: the active adapters, the lowest first; none: those that are active.
+        rows: one adapter name for each row of the batch instead, ``"__base__"`` for none.
+        **values: what adapters read from a call, such as ``task_ids``.
+    """
+    root = Grafted.around(user_model(model))
+    return root.using(*(names or root.active_adapters), rows=rows, **values)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: Any, requires_grad: bool = True) -> None:

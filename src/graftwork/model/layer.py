@@ -98,19 +98,6 @@ def unmerge(host: Host) -> None:
     host.restore()
 
 
-@verb
-def adapter_state_dict_load_map(host: Host, adapter_name: str) -> dict[str, str]:
-    """Names in a PEFT file, behind this layer's path -> names in this module."""
-    found: dict[str, str] = {}
-    for key, part in host.parts_of(adapter_name):
-        inner = {id(t): name for name, t in part.state_dict(keep_vars=True).items()}
-        for name, tensor in part.file_tensors().items():
-            if id(tensor) in inner:
-                where = f"adapters.{adapter_name}.{key}.{inner[id(tensor)]}"
-                found[f"{part.prefix}{name}"] = where
-    return found
-
-
 def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> None:
     """Show something of each adapter that has it, as in ``layer.scaling["default"]``."""
 

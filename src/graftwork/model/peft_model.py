@@ -151,7 +151,7 @@ class PeftModel(Reports, Updating):
         inputs = args or tuple(
             kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None
         )
-        with self.base_model.calling(adapter_names, inputs, kwargs):
+        with self.base_model.generating(adapter_names, inputs, kwargs):
             return model.generate(*args, **kwargs)
 
     @contextmanager

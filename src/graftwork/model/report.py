@@ -150,7 +150,8 @@ def _change(part: Any, site: Any) -> float | None:
     if site is None or not site.raw.is_floating_point() or site.raw.ndim < 2 or site.raw.is_meta:
         return None
     w = site.weight.to(part.dtype)
-    return float(part.delta_norm(w) / w.norm().clamp(min=1e-12))
+    change = float(part.delta_norm(w) / w.norm().clamp(min=1e-12))
+    return None if change != change else change  # a number only where there is an update
 
 
 def count(model: nn.Module) -> tuple[int, int]:

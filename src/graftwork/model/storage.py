@@ -84,6 +84,13 @@ def save(
         )
         target = folder if name == "default" else folder / name
         write(target, config, tensors, note, training_state(model, name))
+        for inner, (own, values) in config.folders(model.get_base_model(), name).items():
+            if name == "default" and inner in names:
+                raise StateError(
+                    f"the folder {inner!r} would hold both the adapter of that name and a part of "
+                    "'default'; rename_adapter() the former, or save them apart"
+                )
+            write(target / inner, own, values, note, {})
     model_card(folder, model.active_peft_config)
 
 
@@ -157,6 +164,7 @@ class Loader:
             },
         )
         self.config = copy(config) if config is not None else config_of(self.source)
+        elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
         self.key_mapping = key_mapping
         self.training = read_training(self.source) if is_trainable else {}
@@ -166,7 +174,8 @@ class Loader:
                 self.config.rank_pattern = None  # its whole state follows
         else:
             self.file_config = self.config
-        self.tensors = read_tensors(self.source, allow_pickle=bool(options.get("allow_pickle")))
+        allow_pickle = bool(options.get("allow_pickle"))
+        self.tensors = elsewhere | read_tensors(self.source, allow_pickle=allow_pickle)
         self.note = note_of(self.source)
 
     def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
@@ -180,6 +189,8 @@ class Loader:
         if report.missing and new:
             _start_missing(base, name, parts, found)
         codec.fill(base, parts, self.tensors, found)
+        if not new:
+            self.file_config.fill(base, name)
         if not new and self.config.has_schedule():
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         load_training_state(model, name, self.training)
@@ -243,7 +254,7 @@ def as_plain_lora(
     base: nn.Module, config: PeftConfig, name: str, tensors: dict[str, Tensor]
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """A LoRA minus its start, as a plain one: B A - B0 A0 = [B, -B0] [A; A0]."""
-    if config.method != "LORA" or getattr(config, "use_dora", False):
+    if config.method != "LORA" or getattr(config, "variant", None):
         raise ValueError(
             "only a LoRA can be written as a plain LoRA; leave "
             "path_initial_model_for_weight_conversion out"
@@ -254,6 +265,11 @@ def as_plain_lora(
         if a0 is None or b0 is None:
             continue
         keys = [codec.PREFIX + o.front + o.part.keys[k] for k in ("A", "B")]
+        if len(a0) != len(tensors[keys[0]]):
+            raise ValueError(
+                f"{name!r} takes away a start of full rank (LoftQ), so it is no plain LoRA of "
+                "twice the rank; use save_as_lora, or merge it"
+            )
         out[keys[0]] = torch.cat([tensors[keys[0]], a0], dim=0)
         out[keys[1]] = torch.cat([tensors[keys[1]], -b0], dim=1)
     factor = 2**0.5 if double.use_rslora else 2  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ class Match:
             task = getattr(self.config.task_type, "value", "")
             return self.offer.short(linear_layers(self.offer, task))
         if wanted is None and not getattr(self.config, "target_parameters", None):
-            return self._default()
+            return self.config.usual(self.offer)
         return wanted
 
     def saved(self) -> list[str]:
@@ -82,8 +82,8 @@ class Match:
         """The modules that a field names, by what paths end with or a regex for whole paths."""
         if wanted is None:
             return []
-        adapted = field == "target_modules" and not self.config.WHOLE
-        known = [p for p in self.offer.modules if not adapted or self.offer.adaptable(p)]
+        adapted = field == "target_modules"
+        known = [p for p in self.offer.modules if not adapted or self._places(p)]
         if isinstance(wanted, str):
             try:
                 pattern = re.compile(wanted)
@@ -107,16 +107,16 @@ class Match:
 
     def _at(self, path: str) -> list[Target]:
         """The places that a path in ``target_modules`` stands for."""
-        found, module = self.offer.targets(path), self.offer.modules[path]
-        if found or self.config.WHOLE:
-            return [Target(path, module)] if self.config.WHOLE else found
+        found, module = self._places(path), self.offer.modules[path]
+        if found:
+            return found
         kind = type(module).__name__
         if not any(True for _ in module.children()):
             problem = (
                 f", a {kind}, which is no known weighted layer: make it one with "
                 f"graftwork.register_site({kind}, ...), or train it whole with modules_to_save"
             )
-        elif not any(p.startswith(f"{path}.") for p in self.offer.modules if self.offer.targets(p)):
+        elif not any(p.startswith(f"{path}.") for p in self.offer.modules if self._places(p)):
             problem = ", in which there is no layer to adapt"
         elif isinstance(self.config.target_modules, str):  # a regex meets them one by one
             return []
@@ -125,24 +125,8 @@ class Match:
         self._complain(f"target_modules names {path}{problem}")
         return []
 
-    def _default(self) -> Any:
-        """PEFT's choice for an architecture that it knows, the repeated blocks for others."""
-        offer, config = self.offer, self.config
-        if config.EMBEDDINGS:
-            return {offer.input_embedding()}
-        known = config.TARGETS.get(offer.model_type)
-        if isinstance(known, str):
-            return known
-        if known and (present := {entry for entry in known if offer.ending_with(entry)}):
-            return present  # the lists cover the variants of an architecture
-        paths = repeated_blocks(offer)
-        if not paths:
-            raise TargetError(
-                f"{type(offer.model).__name__} has no repeated blocks, so it is not known which "
-                "layers to adapt. Give target_modules, for example 'all-linear' or a list of "
-                f"names. {offer.table()}"
-            )
-        return offer.short(paths)
+    def _places(self, path: str) -> list[Target]:
+        return self.config.places(self.offer, path)
 
     def _parameters(self) -> list[Target]:
         found, offered = [], self.offer.parameters()
@@ -163,11 +147,11 @@ class Match:
         names = (names,) if isinstance(names, str) else tuple(names)
         stems = {m[1] for t in targets for m in re.finditer(r"([^.]+)\.\d+\.", t.name)}
         for name in names:
-            if all(_block(t.name, (name,)) is None for t in targets):
+            if all(_block(t, (name,)) is None for t in targets):
                 problem = f"layers_pattern entry {name!r} stands in front of no block index"
                 self._complain(problem, name, stems)
                 names = tuple(n for n in names if n != name)
-        number = {t: _block(t.name, names) for t in targets}
+        number = {t: _block(t, names) for t in targets}
         offered = sorted({n for n in number.values() if n is not None})
         for index in sorted(indices - set(offered)):
             problem = f"layers_to_transform entry {index} is no block of the layers that are chosen"
@@ -195,6 +179,25 @@ class Match:
             f"{problem}. {self.offer.table()}\n"
             "Pass allow_unmatched=True in the config to go on without it."
         )
+
+
+def usual(offer: Offer, config: TargetConfig) -> Any:
+    """PEFT's choice for an architecture that it knows, the repeated blocks for others."""
+    if config.EMBEDDINGS:
+        return {offer.input_embedding()}
+    known = config.TARGETS.get(offer.model_type)
+    if isinstance(known, str):
+        return known
+    if known and (present := {entry for entry in known if offer.ending_with(entry)}):
+        return present  # the lists cover the variants of an architecture
+    paths = repeated_blocks(offer)
+    if not paths:
+        raise TargetError(
+            f"{type(offer.model).__name__} has no repeated blocks, so it is not known which "
+            "layers to adapt. Give target_modules, for example 'all-linear' or a list of "
+            f"names. {offer.table()}"
+        )
+    return offer.short(paths)
 
 
 def linear_layers(offer: Offer, task: str = "") -> list[str]:
@@ -227,7 +230,9 @@ def within(path: str, roots: Iterable[str]) -> bool:
     return any(path == root or path.startswith(f"{root}.") for root in roots)
 
 
-def _block(path: str, names: tuple[str, ...]) -> int | None:
+def _block(target: Target, names: tuple[str, ...]) -> int | None:
+    whole = target.parameter is None and kind_of(target.module) is None  # it may be a block itself
+    path = f"{target.name}." if whole else target.name
     front = rf"(?:.*\.)?(?:{'|'.join(names)})\." if names else r"(?:.*?\.)??"
     found = re.match(rf"{front}(\d+)\.", path)
     return int(found[1]) if found else None

@@ -65,14 +65,20 @@ class Bench:
         torch.manual_seed(0)
         return One(self.at.layer()).to(dtype).eval()
 
-    def model(self, jiggle: float = 0.1, dtype: torch.dtype = torch.float32) -> Any:
-        """The model with the adapters a0, a1, ..., all active and moved away from the start."""
+    def model(
+        self,
+        jiggle: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+        active: Sequence[str] = ("a0",),
+    ) -> Any:
+        """The model with the adapters a0, a1, ..., moved away from the start."""
         model: Any = PeftModel(self.base(dtype), self.config(), "a0")
         for i in range(1, len(self.configs)):
             model.add_adapter(f"a{i}", self.config(i))
-        model.set_adapter([f"a{i}" for i in range(len(self.configs))])
         if jiggle:
+            model.set_requires_grad([f"a{i}" for i in range(len(self.configs))])
             shake(model, jiggle)
+        model.set_adapter(list(active))
         return model
 
     def x(self, dtype: torch.dtype = torch.float32) -> Tensor:

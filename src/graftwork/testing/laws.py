@@ -6,12 +6,14 @@ import copy
 import pickle
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MergeError
+from ..errors import MergeError, StateError
 from ..model.peft_model import PeftModel
 from .bench import Bench, close, shake
 
@@ -62,13 +64,13 @@ def _unmergeable(bench: Bench) -> str:
     return "layer has none" if biased and getattr(layer, "bias", None) is None else ""
 
 
-def _refuses(call: Callable[[], Any], reason: str) -> None:
+def _refuses(call: Callable[[], Any], reason: str, kind: type[Exception] = MergeError) -> None:
     try:
         call()
-    except MergeError as error:
+    except kind as error:
         assert reason in str(error), f"the error does not say why: {error}"
     else:
-        raise AssertionError("merging should be refused")
+        raise AssertionError("it should be refused")
 
 
 def gradients_reach_the_adapter_alone(bench: Bench) -> None:
@@ -113,7 +115,8 @@ def saving_keeps_every_bit(bench: Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded: Any = PeftModel.from_pretrained(bench.base(), f"{folder}/a0", adapter_name="a0")
-    with torch.no_grad():  # as with gradients, attention would take another kernel
+    model.requires_grad_(False), loaded.requires_grad_(False)  # torch has kernels for either case
+    with torch.no_grad():
         assert torch.equal(bench.run(loaded), bench.run(model))
     mine, theirs = model.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys()
@@ -141,12 +144,18 @@ def compiles_without_graph_breaks(bench: Bench) -> None:
     close(bench.run(compiled), y)
     with model.disable_adapter():
         close(bench.run(compiled), bench.run(model))
+    torch._dynamo.reset()  # what was compiled is kept otherwise
 
 
 def works_in(dtype: torch.dtype, bench: Bench) -> None:
-    """A base model in another dtype: the adapter stays in fp32 or better, outputs do not."""
+    """A base model in another dtype: the adapter stays in fp32 or better, outputs do not.
+
+    Copies of modules keep their own dtype.
+    """
     model = bench.model(dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    parts = [p for h in model.base_model.hosts().values() for p in h.parts(("a0",))]
+    copies = any(part.instead() is not None for part in parts)
+    wide = dtype if copies else torch.promote_types(dtype, torch.float32)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {wide}
     adapted = bench.run(model, dtype=dtype)
     assert adapted.dtype == dtype
@@ -162,24 +171,48 @@ def works_in(dtype: torch.dtype, bench: Bench) -> None:
     assert torch.equal(bench.run(model, dtype=dtype), adapted)
 
 
-def stacks_with_another(bench: Bench) -> None:
-    """Two active adapters are one folded weight, in either order."""
+def dropout_acts_in_training_alone(bench: Bench, name: str) -> None:
+    """With the field ``name`` at a half, forwards in training differ, and others do not."""
     model = bench.model()
-    both = bench.run(model)
-    for name in ("a0", "a1"):
-        with model.using(name):
-            assert not torch.allclose(bench.run(model), both), f"{name} alone is both"
-    with model.using("a1", "a0"):
-        swapped = bench.run(model)
-    if reason := bench.forbids("merge"):
-        _refuses(model.merge_adapter, reason)
+    still = bench.run(model)
+    try:
+        config: Any = bench.configs[0]
+        bench.configs = [replace(config, **{name: 0.5})]
+    except ValueError:  # refused beside the other fields
         return
-    model.merge_adapter()
-    close(bench.run(model), both)
-    with model.using("a1", "a0"):
-        close(bench.run(model), swapped)
-    model.unmerge_adapter()
-    assert torch.equal(bench.run(model), both)
+    drops = bench.model()
+    assert torch.equal(bench.run(drops), still)
+    if not bench.forbids("merge"):
+        drops.train().merge_adapter()
+        close(bench.run(drops.eval()), still)
+        drops.unmerge_adapter()
+    torch.manual_seed(0)
+    drops.train()
+    with torch.no_grad():
+        several = [bench.run(drops) for _ in range(6)]
+    assert any(not torch.equal(y, several[0]) for y in several), f"{name} has no effect"
+
+
+def stacks_with_another(bench: Bench) -> None:
+    """Two active adapters are one folded weight, in either order; one that hides is refused."""
+    model = bench.model()
+    for order in ("a0", "a1"), ("a1", "a0"):
+        hosts = model.base_model.hosts().values()
+        if any(part.instead() is not None for host in hosts for part in host.parts(order[1:])):
+            _refuses(partial(model.set_adapter, list(order)), "in place of", StateError)
+            continue
+        model.set_adapter(list(order))
+        both = bench.run(model)
+        for name in order:
+            with model.using(name):
+                assert not torch.allclose(bench.run(model), both), f"{name} alone is both"
+        if bench.forbids("merge"):
+            _refuses(model.merge_adapter, "cannot be merged")
+            continue
+        model.merge_adapter()
+        close(bench.run(model), both)
+        model.unmerge_adapter()
+        assert torch.equal(bench.run(model), both)
 
 
 def mixes_in_a_batch(bench: Bench) -> None:

@@ -7,6 +7,7 @@ also ranks (padded with zero directions) and scales (as tensors).
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def prepare(model: nn.Module, target_rank: int | None, check_compiled: str = "er
         if isinstance(part, LoRA) and target_rank is not None:
             part.pad(target_rank)
         if isinstance(part.scale, float):
-            scale = torch.tensor(part.scale, device=next(part.parameters()).device)
+            first = next(itertools.chain(part.parameters(), part.buffers()), None)
+            scale = torch.tensor(part.scale, device=None if first is None else first.device)
             del part.scale
             part.register_buffer("scale", scale, persistent=False)
 
@@ -112,7 +114,7 @@ def swap(
     shared = next(filter(None, (h.shared_of(name) for h in hosts(model).values())), None)
     if shared is not None and built.shared is not None:
         _copy(shared, built.shared)
-    switch.configs[name] = config
+    vars(own).update(vars(config))  # in place: compiled code may refer to the object
     return report
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
-from ..engine.host import Host, no_autocast
+from ..engine.host import Host, no_autocast, steady
 from ..engine.inject import inject
+from ..engine.module import PARAM
 from ..engine.site import Site
 from ..engine.switch import Switch
 from ..engine.ties import Tied
@@ -57,12 +59,14 @@ class Updates:
         places: the matrices that it changes.
         scales: the factor inside B of a LoRA.
         whole: what it trains as a whole, by path and key.
+        tied: whether it acts at both ends of a tied weight.
     """
 
     config: Any
     places: dict[Place, Factored] = field(default_factory=dict)
     scales: dict[Place, float] = field(default_factory=dict)
     whole: dict[tuple[str, str], Trained] = field(default_factory=dict)
+    tied: bool = False
 
 
 @torch.no_grad()
@@ -83,22 +87,35 @@ def updates_of(
     for path, host in hosts(model).items():
         for key, part in host.parts_of(name):
             if isinstance(part, Tied):
+                found.tied |= part.saved
                 continue  # the first end has the tensors
-            if (trained := _trained(host, part)) is not None:
-                found.whole[path, key] = trained
+            if not _own(found.config, host, key) and (trained := _trained(host, part)) is not None:
+                found.whole[path, key if part.instead() is None else "copy"] = trained
                 continue
             if reason := part.FORBIDS.get(purpose) or part.FORBIDS.get("merge"):
                 raise StateError(f"{name!r} is no update of a weight at {path}: {reason}")
             site = host.need_site(key)
             place = Place(path, site.parameter)
-            with no_autocast(host.base_layer):
+            with no_autocast(host.base_layer), steady([part]):
                 found.places[place] = _update(part, site, rank, energy)
             found.scales[place] = float(part.scale)
     return found
 
 
+def _own(config: Any, host: Host, key: str) -> bool:
+    """Whether a part is the method's own at a matrix, and not what comes along beside it."""
+    site = host.site_of(key)
+    if site is None:
+        return False
+    return key == config.method.lower() or (key.startswith(PARAM) and site.raw.ndim > 1)
+
+
 def _update(part: Adapter, site: Site, rank: int | None, energy: float | None) -> Factored:
     part = part.precise()
+    if isinstance(part, Tokens):
+        rows = part.change(site.weight.to(part.dtype))
+        chosen = F.one_hot(part.indices, site.shape[1 if part.columns else 0]).to(rows)
+        return Factored(chosen, rows.mT) if part.columns else Factored(rows, chosen.mT)
     if (exact := part.factored()) is not None:
         a, b, bias = (None if t is None else t.detach() for t in exact)
         assert a is not None and b is not None
@@ -153,7 +170,9 @@ def insert(
         key: one.whole[key].tensors for one in reversed(found) for key in one.whole
     }  # fmt: skip
     places = _levelled(places)
-    config = _config(model, places, values, [one.config for one in found])
+    if not places:
+        raise StateError("there is no LoRA in it: no matrix of a layer that LoRA knows is trained")
+    config = _config(model, places, values, found)
     inject(model, config, name, switch, start=False)
     with torch.no_grad():
         for path, host in hosts(model).items():
@@ -188,8 +207,9 @@ def _config(
     model: nn.Module,
     places: Mapping[Place, Factored],
     saved: Mapping[tuple[str, str], Any],
-    configs: Sequence[Any],
+    found: Sequence[Updates],
 ) -> LoraConfig:
+    configs = [one.config for one in found]
     first, ranks = configs[0], [u.rank for u in places.values()]
     r = max(set(ranks), key=ranks.count) if ranks else 1
     others = {re.escape(p.name): u.rank for p, u in places.items() if u.rank != r}
@@ -211,7 +231,7 @@ def _config(
         modules_to_save=[path for path, key in keys if key == "copy"] or None,
         trainable_token_indices=tokens or None,
         bias=("all" if "all" in biases else "lora_only") if biases else "none",
-        ensure_weight_tying=any(getattr(c, "ensure_weight_tying", False) for c in configs),
+        ensure_weight_tying=any(one.tied for one in found),
     )
 
 

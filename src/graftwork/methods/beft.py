@@ -1,0 +1,64 @@
+"""BEFT (arXiv 2509.15974): y' = W x + b + v, the bias of some layers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetConfig, beyond
+from ..engine.adapter import Adapter
+from ..engine.host import Beneath
+from ..engine.site import Embedding, ParameterSite, Site
+from . import defaults
+
+
+@dataclass
+class BeftConfig(TargetConfig):
+    """A bias for each adapted layer, of the values by default."""
+
+    init_weights: bool = True  # False: not zero at the start
+
+    METHOD = PeftType.BEFT
+    TARGETS = defaults.BEFT
+    BEYOND = beyond("save")
+
+    def adapter(self) -> type[Adapter]:
+        return BEFT
+
+
+class BEFT(Adapter):
+    """v (1, out), zero at the start: a bias, or added to every row of an embedding."""
+
+    keys: ClassVar[dict[str, str]] = {"bias": "beft_bias", "row": "beft_bias"}
+    stacked = True
+    bias: nn.Parameter | None
+    row: nn.Parameter | None
+
+    def __init__(self, config: BeftConfig, site: Site, shared: None = None) -> None:
+        super().__init__(config, site)
+        if isinstance(site, ParameterSite):
+            raise ValueError(
+                f"{site.name} is a parameter of a module, not a layer, so no bias can be added to "
+                "what it computes; train the module's own with bias='all' in another method"
+            )
+        v = nn.Parameter(torch.empty(1, site.shape[0]))
+        self.bias, self.row = (None, v) if isinstance(site, Embedding) else (v, None)
+        self.random = not config.init_weights
+
+    def start(self, site: Site) -> None:
+        for v in self.parameters():
+            v.normal_() if self.random else v.zero_()
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.row is not None:
+            return w + self.row.mT, b
+        assert self.bias is not None
+        return w, self.bias[0] if b is None else b + self.bias[0]
+
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        if self.bias is None:
+            return super().forward(x, layer)
+        return layer(x) + layer.site.outputs(self.bias[0])

@@ -1,0 +1,47 @@
+"""BitFit (arXiv 2106.10199): b' = b + d, the biases alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import TargetConfig, beyond
+from ..engine.adapter import Adapter, Shared
+from ..engine.host import Host
+from ..engine.site import ParameterSite, kind_of
+from ..errors import TargetError
+from ..targets.offer import Offer, Target
+from .whole import Bias, Whole
+
+
+@dataclass
+class BitFitConfig(TargetConfig):
+    """The biases of the layers and norms that ``target_modules`` names; by default all."""
+
+    METHOD = "BITFIT"
+    BEYOND = beyond("")
+
+    def adapter(self) -> type[Adapter]:
+        return Bias
+
+    def places(self, offer: Offer, path: str) -> list[Target]:
+        module = offer.modules[path]
+        if module._parameters.get("bias") is None:
+            return []
+        inside = offer.targets(path)  # a layer inside an attention is that attention's
+        if inside and inside[0].parameter:
+            name = (inside[0].parameter or "").replace("weight", "bias")
+            return [Target(inside[0].path, inside[0].module, name)]
+        return [Target(path, module, None if kind_of(module) else "bias")]
+
+    def usual(self, offer: Offer) -> Any:
+        biased = {path for path in offer.modules if self.places(offer, path)}
+        if not biased:
+            raise TargetError(
+                f"{type(offer.model).__name__} has no bias to train: use LoRA, or IA3"
+            )
+        return biased
+
+    def build(self, host: Host, key: str, shared: Shared | None) -> Adapter:
+        site = host.need_site(key)
+        return Whole(site) if isinstance(site, ParameterSite) else Bias(site)

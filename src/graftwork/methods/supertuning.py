@@ -1,0 +1,103 @@
+"""Super-Tuning (arXiv 2607.09287): W + S, S zero but for the entries where |W| is largest, which
+train; with r, Supra: W + S + s B A, s = alpha / r."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
+from ..engine.adapter import Adapter
+from ..engine.host import Beneath
+from ..engine.site import Site
+from . import defaults
+from .sparse import Sparse
+
+
+@dataclass
+class SupertuningConfig(TargetConfig):
+    """The largest entries of the weight train, and a LoRA beside them where r is given."""
+
+    sparsity: float = 0.99  # the part of the entries that does not train
+    select_top: bool = True  # False: the smallest entries train
+    r: int | None = None  # rank of the LoRA
+    lora_alpha: float | None = None  # it is scaled by lora_alpha / r; None: 2 r
+    lora_dropout: float = 0.0  # probability, on its input, in training
+    init_weights: bool = True  # False: not zero at the start
+    save_precomputed_indices: bool = True  # False: a reader finds them in the base weight again
+
+    METHOD = PeftType.SUPERTUNING
+    TARGETS = defaults.LORA
+    BEYOND = beyond("save")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_probability(self.sparsity, "sparsity")
+        check_probability(self.lora_dropout, "lora_dropout")
+        if self.lora_dropout and not self.r and not self.inference_mode:
+            raise ValueError("lora_dropout is that of the low-rank part, which needs r; give both")
+        if self.r is not None:
+            check_rank(self.r, "r")
+            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        elif self.lora_alpha is not None:
+            raise ValueError("lora_alpha scales a LoRA, which there is only with r; give r=8")
+
+    def adapter(self) -> type[Adapter]:
+        return Supertuning
+
+
+class Supertuning(Sparse):
+    """v (n,); A (r, in) and B (out, r) where there is a LoRA."""
+
+    keys: ClassVar[dict[str, str]] = {
+        "v": "supertuning_values", "at": "supertuning_indices",
+        "A": "supertuning_lora_A.weight", "B": "supertuning_lora_B.weight",
+    }  # fmt: skip
+
+    def __init__(self, config: SupertuningConfig, site: Site, shared: None = None) -> None:
+        (out, in_), r = site.shape, config.r or 0
+        if (n := int(out * in_ * (1 - config.sparsity))) < 1:
+            raise ValueError(
+                f"sparsity={config.sparsity} leaves none of the {out * in_} entries of {site.path} "
+                f"{site.describe()} to train; "
+                f"try {max(0, math.floor(100 - 200 / (out * in_)) / 100)}"
+            )
+        super().__init__(config, site, n, "sparsity")
+        self.saved, self.top = config.save_precomputed_indices, config.select_top
+        self.register_buffer("at", torch.zeros(n, dtype=torch.int32), persistent=self.saved)
+        self.A = nn.Parameter(torch.empty(r, in_)) if r else None
+        self.B = nn.Parameter(torch.empty(out, r)) if r else None
+        self.scale = (config.lora_alpha or 0) / r if r else 1.0
+        self.dropout, self.zero = nn.Dropout(config.lora_dropout), config.init_weights
+
+    def derive(self, site: Site) -> None:
+        if not self.saved:
+            self.choose(site)
+
+    def start(self, site: Site) -> None:
+        if self.saved:
+            self.choose(site)
+        self.v.zero_() if self.zero else self.v.normal_()
+        for p in (p for p in (self.A, self.B) if p is not None):
+            nn.init.kaiming_uniform_(p, a=5**0.5)
+        if self.B is not None and self.zero:
+            self.B.zero_()
+
+    def choose(self, site: Site) -> None:
+        """The entries of W with the largest magnitudes, or the smallest."""
+        self.at.copy_(site.weight.abs().flatten().topk(len(self.v), largest=self.top).indices)
+
+    def delta(self) -> Tensor:
+        if self.A is None or self.B is None:
+            return self.dense()
+        return self.dense() + self.scale * self.B @ self.A
+
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        y = layer(x) + layer.site.apply(x, self.dense())
+        if self.A is None or self.B is None:
+            return y
+        return y + layer.site.low_rank(self.dropped(x), self.A, self.scale * self.B)

@@ -1,0 +1,119 @@
+"""Uni-LoRA (arXiv 2506.00799): W + B A, all entries of all A and B taken from one vector theta:
+theta_i / sqrt(n_i) at the n_i places that are drawn for i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
+from ..engine.adapter import Adapter, LowRank, Shared
+from ..engine.site import Site
+from . import defaults
+
+
+@dataclass
+class UniLoraConfig(TargetConfig):
+    """One trained vector for the whole model."""
+
+    r: int = 4  # rank
+    proj_seed: int = 42  # seed of the places
+    theta_d_length: int = 256  # length of theta
+    unilora_dropout: float = 0.0  # probability, on the input, in training
+    init_theta_d_bound: float = 0.02  # theta starts between -bound and bound; not the base
+    init_weights: bool = True  # False: theta starts normal
+    save_indices: bool = False  # False: a reader draws the places again, at the same layers
+
+    METHOD = PeftType.UNILORA
+    TARGETS = defaults.LORA
+    BEYOND = beyond("fan bias save layers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank(self.r, "r")
+        check_rank(self.theta_d_length, "theta_d_length")
+        check_probability(self.unilora_dropout, "unilora_dropout")
+        if self.init_theta_d_bound <= 0:
+            raise ValueError(f"init_theta_d_bound={self.init_theta_d_bound} must be above 0")
+
+    def adapter(self) -> type[Adapter]:
+        return UniLoRA
+
+    def share(self, sites: Sequence[Site]) -> Shared:
+        return Theta(self, sites)
+
+
+def drawn(seed: int, length: int, count: int) -> Tensor:
+    """``count`` indices below ``length``, each equally often, in a random order; as PEFT's."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    even = np.repeat(np.arange(length), count // length)
+    rest = rng.choice(length, size=count % length, replace=False) if count % length else even[:0]
+    every = np.concatenate([even, rest])
+    rng.shuffle(every)
+    return torch.as_tensor(every, dtype=torch.int64, device="cpu")
+
+
+class Theta(Shared):
+    """theta (length,); and, until the layers take them, their places in it and the scales there."""
+
+    keys: ClassVar[dict[str, str]] = {"theta": "unilora_theta_d"}
+
+    def __init__(self, config: UniLoraConfig, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.empty(config.theta_d_length))
+        self.bound = config.init_theta_d_bound if config.init_weights else None
+        shapes = {site.name: shapes_of(config, site) for site in sites}
+        sizes = [math.prod(shape) for both in shapes.values() for shape in both]
+        every = drawn(config.proj_seed, config.theta_d_length, sum(sizes))
+        scale, here = every.bincount().clamp(min=1).float().rsqrt(), torch.get_default_device()
+        scale, pieces = scale.to(here), iter(torch.split(every.to(here), sizes))
+        self.places = {
+            name: [(at := next(pieces).reshape(shape).clone(), scale[at]) for shape in both]
+            for name, both in shapes.items()
+        }
+
+    def start(self) -> None:
+        if self.bound is None:
+            self.theta.normal_()
+        else:
+            self.theta.uniform_(-self.bound, self.bound)
+
+
+def shapes_of(config: UniLoraConfig, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B at a site."""
+    out, in_ = site.shape
+    r = config.at(site.path, site.parameter).r
+    return (*site.lead, r, in_), (*site.lead, out, r)
+
+
+class UniLoRA(LowRank):
+    """Where A (..., r, in) and B (..., out, r) are in theta, and 1 / sqrt(n) there."""
+
+    keys: ClassVar[dict[str, str]] = {
+        "places_A": "unilora_indices_A", "scale_A": "unilora_scales_A",
+        "places_B": "unilora_indices_B", "scale_B": "unilora_scales_B",
+    }  # fmt: skip
+    stacked = True
+    places_A: Tensor  # noqa: N815 - PEFT's name for the factor
+    places_B: Tensor  # noqa: N815
+    scale_A: Tensor  # noqa: N815
+    scale_B: Tensor  # noqa: N815
+
+    def __init__(self, config: UniLoraConfig, site: Site, shared: Theta) -> None:
+        super().__init__(config, site, shared)
+        for name, (places, scale) in zip("AB", shared.places.pop(site.name), strict=True):
+            self.register_buffer(f"places_{name}", places, persistent=config.save_indices)
+            self.register_buffer(f"scale_{name}", scale, persistent=config.save_indices)
+        self.r, self.dropout = config.r, nn.Dropout(config.unilora_dropout)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        theta = self.shared.theta
+        return theta[self.places_A] * self.scale_A, theta[self.places_B] * self.scale_B

@@ -1,0 +1,1 @@
+"""Optimizers that know the factors of a LoRA."""

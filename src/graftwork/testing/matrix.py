@@ -1,0 +1,335 @@
+"""The matrix: what a method can do, cell by cell, measured on small models.
+
+A cell is "yes" where the capability was tried and did what it promises, "impossible: why" where
+mathematics forbids it and the library refuses it with that reason, "-" where it has no meaning for
+the method, and "no: what happened" otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from ..config import OPTIONAL, PeftConfig
+from ..methods.lora_config import LoraConfig
+from ..model import functional, updating
+from ..model.peft_model import PeftModel
+from . import laws
+from .bench import close, shake
+from .entry import IDS, Entry, Small
+
+LAYERS = {
+    "Linear": "linear linear_3d",
+    "Conv1d": "conv1d",
+    "Conv2d": "conv2d conv2d_groups conv2d_depthwise",
+    "Conv3d": "conv3d",
+    "tfConv1D": "conv1d_gpt2",
+    "Embedding": "embedding embedding_padding embedding_max_norm embedding_scaled",
+    "MHA": "attention attention_unequal",
+    "tgt_params": "experts experts_transposed",
+}
+
+
+def _reloads(entry: Entry, model: Any, tied: bool = False, **options: Any) -> None:
+    """Saved and loaded again it gives the same bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded: Any = PeftModel.from_pretrained(
+            Small(tied).eval(), f"{folder}/a0", adapter_name="a0", **options
+        )
+    model.requires_grad_(False), loaded.requires_grad_(False)
+    assert torch.equal(entry.run(loaded.eval()), entry.run(model)), "loaded, it answers otherwise"
+
+
+def _sites(model: Any) -> set[str]:
+    return set(model.base_model.hosts())
+
+
+def merge(entry: Entry) -> None:
+    """Merged, the model answers as before."""
+    bench = entry.bench(entry.kind)
+    model = bench.model()
+    before = bench.run(model)
+    model.merge_adapter()
+    close(bench.run(model), before)
+    close(bench.run(model.merge_and_unload()), before)
+
+
+def unmerge(entry: Entry) -> None:
+    """Unmerging restores every bit."""
+    bench = entry.bench(entry.kind)
+    model, base = bench.model(), bench.base().l.state_dict()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    back = model.unload().l.state_dict()
+    assert all(torch.equal(back[name], base[name]) for name in base)
+
+
+def multi(entry: Entry) -> None:
+    """Two adapters of the method are active at once, in either order."""
+    bench = entry.bench(entry.kind, entry.second)
+    bench.model().set_adapter(["a0", "a1"])
+    laws.stacks_with_another(bench)
+
+
+def mixbatch(entry: Entry) -> None:
+    """Each row of a mixed batch is as alone."""
+    laws.mixes_in_a_batch(entry.bench(entry.kind, entry.second))
+
+
+def disable(entry: Entry) -> None:
+    """Disabled, the model is the base model."""
+    laws.has_an_effect(entry.bench(entry.kind))
+
+
+def hotswap(entry: Entry) -> None:
+    """Another adapter's values take effect without another compilation."""
+    model, other = entry.small(), entry.small()
+    shake(other, seed=5)
+    want = entry.run(other)
+    updating.prepare_model_for_compiled_hotswap(model, target_rank=_rank(other))
+    counter: Any = CompileCounter()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend=counter, dynamic=False)
+    entry.run(model)
+    with torch.no_grad():
+        compiled(IDS, **entry.call)
+    before: int = counter.frame_count
+    assert before > 0, "nothing was compiled"
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        model.hotswap_adapter(f"{folder}/a0", "a0")
+    with torch.no_grad():
+        close(compiled(IDS, **entry.call), want)
+    assert counter.frame_count == before, "it was compiled again"
+
+
+def _rank(model: Any) -> int | None:
+    ranks = [row.rank for row in model.adapters() if row.rank is not None]
+    return max(ranks, default=None)
+
+
+def weighted(entry: Entry) -> None:
+    """A combination is that of the updates."""
+    bench = entry.bench(entry.kind, entry.second)
+    model = bench.model()
+    outputs = []
+    for names in ([], ["a0"], ["a1"]):
+        with model.using(*names):
+            outputs.append(bench.run(model))
+    base, first, second = outputs
+    model.add_weighted_adapter(["a0", "a1"], [0.5, -1.0], "new", "linear")
+    with model.using("new"):
+        close(bench.run(model), base + 0.5 * (first - base) - (second - base))
+
+
+def delete(entry: Entry) -> None:
+    """Deleted, it is gone, and what is left is as before."""
+    bench = entry.bench(entry.kind, entry.second)
+    model = bench.model(active=["a1"])
+    alone = bench.run(model)
+    model.delete_adapter("a0")
+    assert torch.equal(bench.run(model), alone)
+    assert not any(".a0." in name for name in model.state_dict())
+
+
+def layer(kinds: str) -> Callable[[Entry], None]:
+    """It works at a type of layer: has an effect, and answers as its folded weight does."""
+
+    def tried(entry: Entry) -> None:
+        wanted = [k for k in kinds.split() if k in entry.kinds]
+        for kind in wanted or kinds.split():
+            laws.has_an_effect(entry.bench(kind))
+            laws.forward_is_the_folded_weight(entry.bench(kind))
+
+    return tried
+
+
+def tied(entry: Entry) -> None:
+    """At a tied embedding the other end keeps its weight, merged and saved as well."""
+    if not set(LAYERS["Embedding"].split()) & set(entry.kinds):
+        raise LookupError("it has no meaning at embeddings")
+    model = entry.small(entry.at(["embed"]), tied=True)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(entry.run(model), Small(True).eval()(IDS))
+    adapted = entry.run(model)
+    _reloads(entry, model, tied=True)
+    if entry.bench("embedding").forbids("merge"):
+        return
+    model.merge_adapter()
+    close(entry.run(model), adapted)
+    model.unmerge_adapter()
+    assert torch.equal(entry.run(model), adapted)
+    close(Small.forward(model.merge_and_unload(), IDS), adapted)
+
+
+def overrides(entry: Entry) -> None:
+    """A field has another value at one path."""
+    where = "1.up" if "linear" in entry.kinds else "embed"
+    for name, value in other_values(entry.at()):
+        config = entry.at()
+        config.overrides = {where: {name: value}}
+        try:
+            model = entry.small(config)
+        except ValueError:  # not with the other fields as they are
+            continue
+        parts = {p: h.parts(("a0",))[0] for p, h in model.base_model.hosts().items()}
+        got = {path: getattr(config.at(path), name) for path in parts}
+        assert {p for p in got if got[p] == value} == {p for p in got if p.endswith(where)}
+        _reloads(entry, model)
+        return
+    raise AssertionError("no field can be overridden")
+
+
+def other_values(config: PeftConfig) -> list[tuple[str, Any]]:
+    """Fields of the method's own with other values than they have.
+
+    Raises:
+        LookupError: it has no fields that could differ from layer to layer.
+    """
+    own = {f.name for f in fields(config)} - OPTIONAL - {f.name for f in fields(PeftConfig)}
+    found: list[tuple[str, Any]] = []
+    for name in sorted(own):
+        value = getattr(config, name)
+        if isinstance(value, bool):
+            found += [(name, not value)] * name.startswith("init")
+        elif isinstance(value, int) and value and "seed" not in name and "key" not in name:
+            found += [(name, value + 1), (name, value + 2), (name, max(1, value - 1))]
+        elif isinstance(value, float) and value:
+            found.insert(0, (name, value / 2))
+    if not found:
+        raise LookupError(f"{type(config).__name__} has no field of its own")
+    return found
+
+
+def modules_to_save(entry: Entry) -> None:
+    """A module trains as a whole beside it, and is saved with it."""
+    model = entry.small(entry.at(modules_to_save=["head"]))
+    with model.disable_adapter():
+        assert not torch.equal(entry.run(model), entry.run(entry.small()))
+    assert any("head" in n for n, p in model.named_parameters() if p.requires_grad)
+    _reloads(entry, model)
+
+
+def token_indices(entry: Entry) -> None:
+    """Rows of the embedding train beside it."""
+    model = entry.small(entry.at(trainable_token_indices={"embed": [1, 3]}))
+    assert "embed" in _sites(model)
+    _reloads(entry, model)
+
+
+def layers_to_transform(entry: Entry) -> None:
+    """Only the chosen blocks are adapted."""
+    model = entry.small(entry.at(["up"], layers_to_transform=[1], layers_pattern=["layers"]))
+    assert _sites(model) == {"layers.1.up"}
+    _reloads(entry, model)
+
+
+def exclude(entry: Entry) -> None:
+    """Layers are left out by name."""
+    if "linear" not in entry.kinds:
+        model = entry.small(entry.at(["embed", "head"], exclude_modules=["head"]))
+        assert _sites(model) == {"embed"}
+    else:
+        model = entry.small(entry.at(exclude_modules=["down"]))
+        assert _sites(model) == {"layers.0.up", "layers.1.up"}
+    _reloads(entry, model)
+
+
+def to_lora(entry: Entry) -> None:
+    """As a LoRA it does the same, and says what a smaller rank leaves out."""
+    bench = entry.bench(entry.kind)
+    model = bench.model()
+    done = model.to_lora("a0", "lora")
+    before = bench.run(model)
+    with model.using("lora"):
+        close(bench.run(model), before)
+    assert done.worst < 1e-4
+    assert 0 <= model.to_lora("a0", "one", rank=1).worst <= 1
+
+
+def mixed(entry: Entry) -> None:
+    """It works together with a LoRA in one model, saved and loaded."""
+    kind = entry.kind
+    bench = entry.bench(kind, LoraConfig(r=2))
+    laws.stacks_with_another(bench)
+    laws.mixes_in_a_batch(bench)
+
+
+def native(entry: Entry) -> None:
+    """It is injected into a model without a wrapper; its tensors are read and given back."""
+    model = functional.inject_adapter_in_model(entry.at(), Small().eval(), "a0")
+    shake(model)
+    tensors = functional.get_peft_model_state_dict(model, adapter_name="a0")
+    new = functional.inject_adapter_in_model(entry.at(), Small().eval(), "a0")
+    functional.set_peft_model_state_dict(new, tensors, "a0")
+    model.requires_grad_(False), new.requires_grad_(False)
+    assert torch.equal(entry.run(model), entry.run(new))
+    with functional.using(model, rows=["__base__"] * 4), torch.no_grad():
+        close(model(IDS), Small().eval()(IDS), 1e-6)
+
+
+def low_memory(entry: Entry) -> None:
+    """It is loaded without being filled with random numbers first."""
+    _reloads(entry, entry.small(), low_cpu_mem_usage=True)
+
+
+CAPABILITIES: dict[str, Callable[[Entry], None]] = {
+    "merge": merge,
+    "unmerge": unmerge,
+    "multi": multi,
+    "mixbatch": mixbatch,
+    "disable": disable,
+    "hotswap": hotswap,
+    "weighted": weighted,
+    "delete": delete,
+    **{name: layer(kinds) for name, kinds in LAYERS.items()},
+    "tied": tied,
+    "overrides": overrides,
+    "mod_to_save": modules_to_save,
+    "tok_idx": token_indices,
+    "layers_tt": layers_to_transform,
+    "exclude": exclude,
+    "toLoRA": to_lora,
+    "Mixed": mixed,
+    "native": native,
+    "low_mem": low_memory,
+}
+
+
+def measure(entry: Entry, capability: str) -> str:
+    """The content of one cell."""
+    reasons = _reasons(entry)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            CAPABILITIES[capability](deepcopy(entry))
+    except LookupError:
+        return "-"
+    except Exception as error:
+        text = str(error).strip()
+        if reason := next((why for said, why in reasons.items() if said in text), None):
+            return f"impossible: {reason}"
+        if capability in LAYERS and not set(LAYERS[capability].split()) & set(entry.kinds):
+            return "-"
+        return f"no: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return "yes"
+
+
+def _reasons(entry: Entry) -> dict[str, str]:
+    """What an error says -> why mathematics forbids it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hosts = entry.bench(entry.kind).model(0).base_model.hosts().values()
+    parts = [p for h in hosts for n in h.adapters for _, p in h.parts_of(n)]
+    reasons = {reason: reason for p in parts for reason in p.FORBIDS.values()}
+    if any(p.instead() for p in parts):
+        reasons["puts its values in place of"] = "each is the weight itself: one replaces another"
+    return reasons
