@@ -13,6 +13,7 @@ import pytest
 from tiny import build
 
 ROOT = Path(__file__).parents[1]
+METHOD_PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 WITH_CODE = [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))]
@@ -30,13 +31,23 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=[p.stem for p in METHOD_PAGES])
+def test_the_example_of_a_method_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        exec(compile(code, str(page), "exec"), {})
+
+
 def test_the_tables_are_the_codes() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "tables.py"))["pages"]()
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run: python docs/tables.py"
+    assert set(METHOD_PAGES) == {path for path in pages if path.parent.name == "methods"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+@pytest.mark.parametrize("page", PAGES + METHOD_PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
