@@ -159,7 +159,8 @@ def count() -> dict[str, int]:
         num_attention_heads=32,
     )  # fmt: skip
     needed = {"TRAINABLE_TOKENS": {"token_indices": [*range(8)]}, "C3A": {"block_size": 64}}
-    skipped = ("XLORA", "BITFIT", "ADAMSS", "ADALORA")  # need LoRAs, biases, weights
+    needed["ADALORA"] = {"total_step": 1000}
+    skipped = ("XLORA", "BITFIT", "ADAMSS")  # need LoRAs, biases, weights
     found = {}
     for name, row in METHODS.items():
         if name not in skipped:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graftwork
-from graftwork import LoraConfig, get_peft_model
+from graftwork import AdaLoraConfig, LoraConfig, get_peft_model
 
 SOURCE = Path(graftwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -90,3 +90,7 @@ def test_the_counts_of_llama_2_7b() -> None:
     assert f"{100 * 12_582_912 / 6_750_998_528:.2f}" == "0.19"
     table = str(model.adapters())
     assert "q_proj x32" in table and "meta" in table
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config)
+    model = get_peft_model(base, AdaLoraConfig(init_r=12, total_step=10, target_modules=targets))
+    assert model.get_nb_trainable_parameters()[0] == 96 * (12 * 2 * 4096 + 12)

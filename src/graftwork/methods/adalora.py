@@ -113,6 +113,8 @@ class AdaLoRA(LowRank):
         return self.E * self.A, self.scale * self.B
 
     def rank(self) -> int:
+        if self.kept.is_meta:  # all of them, before anything is learned
+            return self.kept.shape[-1]
         return int(self.kept.sum()) // max(1, self.kept[..., :1].numel())
 
     def observe(self, beta1: float, beta2: float) -> None:
