@@ -97,7 +97,7 @@ class AdaLoRA(LowRank):
 
     def __init__(self, config: AdaLoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
-        r = config.init_r if config.mask is None else sum(config.mask)
+        self.r = r = config.init_r if config.mask is None else sum(config.mask)
         shapes = (r, site.shape[1]), (site.shape[0], r), (r, 1)
         self.A, self.B, self.E = (nn.Parameter(torch.empty(*site.lead, *n)) for n in shapes)
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
@@ -105,17 +105,15 @@ class AdaLoRA(LowRank):
         self.register_buffer("kept", torch.ones(*site.lead, r, dtype=torch.bool), persistent=False)
 
     def start(self, site: Site) -> None:
-        self.A.normal_(std=0.02)
-        self.B.normal_(std=0.02)
-        self.E.zero_()
+        for p, std in (self.A, 0.02), (self.B, 0.02), (self.E, 0.0):
+            p.normal_(std=std)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.E * self.A, self.scale * self.B
 
     def rank(self) -> int:
-        if self.kept.is_meta:  # all of them, before anything is learned
-            return self.kept.shape[-1]
-        return int(self.kept.sum()) // max(1, self.kept[..., :1].numel())
+        every = max(1, self.kept.numel())
+        return self.r if self.kept.is_meta else int(self.kept.sum()) * self.r // every
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Smooth |p dL/dp|, the importance, and its uncertainty (eq. 9 and 10)."""
