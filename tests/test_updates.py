@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from combine import Largest
 from graftwork import (
     FileError,
     IA3Config,
@@ -198,7 +199,7 @@ def test_requests_that_make_no_sense(options: dict[str, Any], text: str) -> None
     assert list(model.peft_config) == ["x", "y"]
 
 
-def test_rank_64_at_4096_never_makes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_64_at_4096_never_makes_the_product() -> None:
     size, r = 4096, 64
     g = torch.Generator().manual_seed(0)
     base = nn.Sequential(nn.Linear(size, size, bias=False))
@@ -208,20 +209,10 @@ def test_rank_64_at_4096_never_makes_the_product(monkeypatch: pytest.MonkeyPatch
         for name in "xy":
             for _, part in host.parts_of(name):
                 part.B.data.normal_(generator=g)
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class NoProduct(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                assert out.numel() < size * size, f"{func} makes {tuple(out.shape)}"
-            return out
-
-    with NoProduct():
+    with Largest() as made:
         model.add_weighted_adapter(["x", "y"], [1, -1], "new", "linear")
         model.add_weighted_adapter(["x", "y"], [1, -1], "ties", "ties", density=0.2)
+    assert made.size < 4 * size**2
 
 
 # -- conversion
@@ -384,3 +375,27 @@ def test_what_cannot_be_swapped_is_said(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="is merged"):
         model.hotswap_adapter(tmp_path / "few")
     assert IDS is not None
+
+
+# -- sizes
+
+
+def test_no_update_is_ever_multiplied_out() -> None:
+    size = 512
+    configs = [LoraConfig(r=r, target_modules=["0"]) for r in (8, 12)]
+    model = get_peft_model(nn.Sequential(nn.Linear(size, size)), configs[0], "x")
+    model.add_adapter("y", configs[1])
+    for name in "xy":
+        model.set_adapter(name)
+        shake(model)
+    with Largest() as made:
+        for how in ("linear", "cat", "svd", "ties", "magnitude_prune", "dare_linear"):
+            model.add_weighted_adapter(["x", "y"], [1, -0.5], how, how, density=0.2)
+        model.add_weighted_adapter(["x", "y"], [1, -0.5], "small", "svd", svd_rank=4)
+        model.to_lora("x", "lora", rank=4)
+        model.resize_adapter("y", energy=0.9)
+        model.resize_adapter("x", rank=3)
+    assert made.size < 4 * size**2
+    with Largest() as made:
+        model.add_weighted_adapter(["x", "y"], [1, 1], "dense", "svd", compat="peft")
+    assert made.size >= 4 * size**2, "nothing would be noticed"

@@ -10,6 +10,7 @@ import torch
 from test_crossing import peft, shake
 
 import graftwork
+import training
 from tiny import IDS, build, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,3 +90,15 @@ def test_a_pruned_adalora_crosses_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(run(loaded, "llama"), want, rtol=1e-5, atol=1e-5)
     ranks = {row.rank for row in loaded.adapters()}
     assert len(ranks) > 1
+
+
+TASK = training.cases()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not training.MODEL.is_dir(), reason="the model and the texts are in ../shared")
+@pytest.mark.parametrize("name", TASK)
+def test_a_real_model_learns_real_texts_as_in_peft(name: str) -> None:
+    result = training.compare(TASK[name])
+    assert result.losses == pytest.approx(result.theirs, abs=1e-4)
+    assert result.falls, "nothing is learnt"

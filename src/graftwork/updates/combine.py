@@ -59,7 +59,7 @@ def combine(
         whole = _one(parts, how, density or 1.0, sign)
         small = whole if how == "cat" else whole.compressed(rank, energy)
         made[place] = small
-        size = float(whole.norm())
+        size = 0.0 if small is whole else float(whole.norm())
         lost[place.name] = _lost(whole, small) / size if size else 0.0
     saved = _saved(found, weights, how, density or 1.0, sign)
     insert(model, switch, name, made, found, saved)
