@@ -1,6 +1,7 @@
 """Write the parts of these pages that follow from the code: ``python docs/tables.py``.
 
-With ``--count`` also docs/methods.json: the parameters that each method trains in a Llama-2-7B.
+They are the pages of docs/methods/, and what stands in the README, in python.md and in
+command-line.md between ``<!-- name -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -8,44 +9,49 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
-import warnings
-from dataclasses import MISSING, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
 
 from graftwork import METHODS, capabilities
-from graftwork.config import OPTIONAL, PeftConfig, TargetConfig
+from graftwork.config import PeftConfig, TargetConfig
+from graftwork.meaning import default_of, formula, meanings, own
+from graftwork.table import CONFIGS
 from graftwork.train.recipe import DATA, FIELDS, LEARNING, MACHINE, WHAT, group_of
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "methods"
 COUNTS = HERE / "methods.json"
+PARAMETERS = 6_738_415_616  # of a Llama-2-7B
 MODELS = {  # of the examples: config class, model class
     "llama": ("LlamaConfig", "LlamaForCausalLM"),
     "bert": ("BertConfig", "BertForMaskedLM"),
 }
-EXAMPLE = """```python
+HEAD = """```python
 import torch
 from transformers import {shape}, {model}
 
 from graftwork import {names}
 
 sizes = {{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}}
-config = {shape}(**sizes, num_hidden_layers=2, num_attention_heads=4)
+shape = {shape}(**sizes, num_hidden_layers=2, num_attention_heads=4)
 
 
 def base():
     torch.manual_seed(0)
-    return {model}(config)
+    return {model}(shape)
 
 
 ids = torch.randint(0, 64, (2, 8))
 batch = {{"input_ids": ids, "labels": ids{call}}}
-model = get_peft_model(base(), {config}({options}))
+"""
+EXAMPLE = """{before}model = get_peft_model({config})
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 model(**batch).loss.backward()
 optimizer.step()
@@ -55,122 +61,273 @@ again = PeftModel.from_pretrained(base(), "{folder}").eval()
 torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
 ```
 """
+TRAIN = """
+
+def train(model, optimizer=None):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=1e-3)
+    model(**batch).loss.backward()
+    optimizer.step()
+```
+"""
+GROUPS = {  # the areas of the matrix: title -> capabilities
+    "What can be done with an adapter": "merge unmerge multi mixbatch disable hotswap weighted "
+    "delete toLoRA Mixed native low_mem",
+    "Where it can sit": "Linear Conv1d Conv2d Conv3d tfConv1D Embedding MHA tgt_params tied",
+    "What its config can say": "overrides mod_to_save tok_idx layers_tt exclude",
+}
 
 
-def told() -> dict[str, dict[str, Any]]:
-    """What does not follow from the code, by method."""
-    found: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "methods.yaml").read_text("utf-8"))
+def told(part: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What does not follow from the code, for each of these names.
+
+    Raises:
+        SystemExit: a name has no entry, or an entry no name.
+    """
+    path = HERE / "methods.yaml"
+    found: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))[part]
+    names = list(names)
+    if lacking := [name for name in names if not found.get(name, {}).get("when")]:
+        raise SystemExit(f"docs/methods.yaml: {part} lacks {lacking}; say when to use it (`when:`)")
+    if beyond := sorted(set(found) - set(names)):
+        raise SystemExit(f"docs/methods.yaml: {part} has {beyond}, which the code does not have")
+    return {name: found[name] for name in names}
+
+
+def counted() -> dict[str, dict[str, Any]]:
+    """docs/methods.json.
+
+    Raises:
+        SystemExit: a method is not in it.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(COUNTS.read_text(encoding="utf-8"))
+    if lacking := [name for name in METHODS if name not in found]:
+        raise SystemExit(f"docs/methods.json lacks {lacking}; run: python docs/counts.py")
     return found
+
+
+def para(text: str, indent: str = "") -> str:
+    """A paragraph of lines of 98 columns at most."""
+    return fill(text, 98, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def page_name(name: str) -> str:
     return f"{name.lower().replace('_', '-')}.md"
 
 
-def own_fields(kind: type[PeftConfig]) -> str:
-    """A config's own fields: name, default, and the comment behind it in the source."""
-    shared = OPTIONAL | {f.name for f in fields(TargetConfig)}
-    text = inspect.getsource(kind)
-    lines = []
+def cell(text: str) -> str:
+    """Text inside a table."""
+    return re.sub(r"<(?=\w)", r"\<", text.replace("|", "\\|").replace("``", "`"))
+
+
+def field_table(kind: type[Any], names: Iterable[str]) -> str:
+    """Fields of a config: name, default, meaning.
+
+    Raises:
+        SystemExit: a field is not explained.
+    """
+    means = meanings(kind)
+    lines = ["| field | default | |", "|---|---|---|"]
     for f in fields(kind):
-        if f.name in shared:
-            continue
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        found = re.search(rf"^    {f.name}: [^#\n]*(?:#(.*))?$", text, re.M)
-        comment = ((found and found.group(1)) or "").strip()
-        comment = re.sub(r"^noqa: \w+ - (PEFT's name; )?", "", comment).replace("|", "\\|")
-        lines.append(f"| `{f.name}` | `{default}` | {comment} |")
-    head = ["| field | default | |", "|---|---|---|"]
-    return "\n".join(head + lines) if lines else "It has no fields of its own."
-
-
-def cells(name: str) -> str:
-    """What the matrix says of a method, in words."""
-    row = capabilities.load()["ours"].get(name)
-    if row is None:
-        return "It has tests of its own instead of a row in the matrix.\n"
-    text = f"Measured: {', '.join(c for c, v in row.items() if v == 'yes')}.\n"
-    for reason in dict.fromkeys(v for v in row.values() if v.startswith("impossible")):
-        which = ", ".join(c for c, v in row.items() if v == reason)
-        text += f"\nImpossible, since {reason.partition(': ')[2]}: {which}.\n"
-    return text
-
-
-def method_page(name: str) -> str:
-    """The page of one method."""
-    row, facts = METHODS[name], told()[name]
-    count = json.loads(COUNTS.read_text(encoding="utf-8")).get(name)
-    kind = row.config
-    where = import_module(row.where.partition(":")[0])
-    if not (where.__doc__ or "").strip() or name == "LORA":
-        where = import_module("graftwork.methods.lora")
-    paper = row.paper
-    if paper[:1].isdigit():
-        paper = f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
-    lines = [f"# {name}", "", (where.__doc__ or "").strip(), ""]
-    lines += [f"**When.** {facts['when']}", ""]
-    if paper:
-        lines += [f"**Paper.** {paper}", ""]
-    if count:
-        lines += [f"**Parameters** trained in a Llama-2-7B with its defaults: {count:,}.", ""]
-    lines += [f"## `{kind.__name__}`", "", own_fields(kind), ""]
-    lines += ["The fields that all methods share are in [the guide](../python.md).", ""]
-    lines += ["## What it can do", "", cells(name)]
-    if facts.get("example", True):
-        shape, model = MODELS[facts.get("model", "llama")]
-        example = EXAMPLE.format(
-            shape=shape,
-            model=model,
-            names=", ".join([*sorted([kind.__name__, "PeftModel"]), "get_peft_model"]),
-            call=f", {facts['call']}" if "call" in facts else "",
-            config=kind.__name__,
-            options=facts.get("options", ""),
-            folder=name.lower(),
-        )
-        lines += ["## An example", "", example]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def index_page() -> str:
-    """All methods, and the matrix."""
-    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
-    lines = [
-        "# Methods",
-        "",
-        "| method | what it does | trained in a Llama-2-7B |",
-        "|---|---|---|",
-    ]
-    for name, row in METHODS.items():
-        count = f"{counts[name]:,}" if name in counts else ""
-        lines.append(f"| [{name}]({page_name(name)}) | {row.about} | {count} |")
-    lines += ["", "## What each can do, beside PEFT's", "", "```", capabilities.text(), "```", ""]
+        if f.name in names:
+            if f.name not in means:
+                raise SystemExit(f"{kind.__name__}.{f.name}: say what it means behind it (# ...)")
+            default = cell(f"`{default_of(f)!r}`")
+            lines.append(f"| `{f.name}` | {default} | {cell(means[f.name])} |")
     return "\n".join(lines)
 
 
-def count() -> dict[str, int]:
-    """What each method trains in a Llama-2-7B, without its weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def shared_fields() -> str:
+    """The fields of every method."""
+    unset = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"}
+    return field_table(TargetConfig, {f.name for f in fields(TargetConfig)} - unset) + "\n"
 
-    from graftwork import get_peft_model
 
-    shape = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32,
-    )  # fmt: skip
-    needed = {"TRAINABLE_TOKENS": {"token_indices": [*range(8)]}, "C3A": {"block_size": 64}}
-    needed["ADALORA"] = {"total_step": 1000}
-    skipped = ("XLORA", "BITFIT", "ADAMSS")  # need LoRAs, biases, weights
-    found = {}
+def own_fields(kind: type[PeftConfig]) -> str:
+    """A config's own fields."""
+    mine = {f.name for f in own(kind)}
+    parts = [field_table(kind, mine)] if mine else []
+    shared = {f.name for f in fields(TargetConfig)}
+    if {f.name for f in fields(kind)} - shared - mine:
+        parent = next(c for c in kind.__mro__[1:] if c.__name__ in CONFIGS)
+        page = page_name(CONFIGS[parent.__name__].name)
+        parts.append(f"It also has the fields of [`{parent.__name__}`]({page}), where they apply.")
+    also = "Other fields: " if mine else "It has no fields of its own, only "
+    link = "[those of every method](../python.md#fields-of-every-method)."
+    return "\n\n".join([*parts, also + link])
+
+
+def trained(name: str) -> str:
+    """How many parameters a method trains, and of which config."""
+    count = counted()[name]
+    if "why" in count:
+        return f"**Parameters** in a Llama-2-7B: not counted, since {count['why']}."
+    share = 100 * count["trained"] / PARAMETERS
+    percent = f"{share:.2g}" if share > 0.001 else "below 0.001"
+    text = f"**Parameters** in a Llama-2-7B: {count['trained']:,} ({percent} %)"
+    return f"{text}, of `{METHODS[name].config.__name__}({count['options']})` at {count['at']}."
+
+
+def doc_of(name: str) -> str:
+    """The header of a method's file."""
+    where = METHODS[name].where.partition(":")[0].removesuffix("_config")
+    text = inspect.cleandoc(import_module(where).__doc__ or "")
+    if not text:
+        raise SystemExit(f"{where} has no docstring with its formula")
+    return text
+
+
+def title(name: str) -> str:
+    """A method's name as its paper writes it."""
+    return doc_of(name).partition("\n")[0].partition(" (")[0].partition(":")[0]
+
+
+def method_page(name: str, facts: dict[str, Any]) -> str:
+    """The page of one method."""
+    row = METHODS[name]
+    kind = row.config
+    lines = [f"# {title(name)}", "", f"`{name}`: {row.about}.", "", doc_of(name), ""]
+    lines += [para(f"**When.** {facts['when']}"), ""]
+    if row.paper:
+        number = row.paper[:1].isdigit()
+        link = f"[arXiv {row.paper}](https://arxiv.org/abs/{row.paper})" if number else row.paper
+        lines += [f"**Paper.** {link}", ""]
+    lines += [para(trained(name)), "", f"## `{kind.__name__}`", ""]
+    lines += [own_fields(kind), "", "## What it can do", ""]
+    lines += [para(f"- {line}", "  ") for line in capabilities.told(name)]
+    lines += ["", "[What the words mean](README.md#what-each-can-do).", ""]
+    lines += ["## An example", "", example(name, facts)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def example(name: str, facts: dict[str, Any]) -> str:
+    """Attach, train one step, save, load."""
+    shape, model = MODELS[facts.get("model", "llama")]
+    config = METHODS[name].config.__name__
+    classes = sorted({config, "PeftModel", *facts.get("names", "").split()})
+    call = f", {facts['call']}" if "call" in facts else ""
+    head = HEAD.format(
+        shape=shape, model=model, names=", ".join([*classes, "get_peft_model"]), call=call
+    )
+    made = f"{config}({facts.get('options', '')})"
+    made = f"base(), {made}" if len(made) <= 68 else f"\n    base(), {made}\n"  # 100 columns
+    before = facts.get("before", "")
+    return head + EXAMPLE.format(before=before, config=made, folder=name.lower())
+
+
+def index_page() -> str:
+    """All methods by family, and the matrix."""
+    counts = counted()
+    lines = [
+        "# Methods",
+        "",
+        f"{len(METHODS)} methods. The last column is what each trains in a Llama-2-7B with its",
+        "defaults, or with what its page says. There is a page for",
+        "[LoRA's options, starts and optimizers](lora-options.md), and a guide to",
+        "[a method of your own](../custom-methods.md).",
+    ]
+    family = None
     for name, row in METHODS.items():
-        if name not in skipped:
-            with torch.device("meta"):
-                base = LlamaForCausalLM(shape)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = get_peft_model(base, row.config(**needed.get(name, {})))
-            found[name] = model.get_nb_trainable_parameters()[0]
-    return found
+        if row.family != family:
+            family = row.family
+            lines += ["", f"## {family[0].upper()}{family[1:]}", ""]
+            lines += ["| method | what it does | trained |", "|---|---|---:|"]
+        count = counts[name]
+        number = f"{count['trained']:,}" if "trained" in count else ""
+        lines.append(f"| [{title(name)}]({page_name(name)}) | {cell(row.about)} | {number} |")
+    return "\n".join([*lines, "", matrix()])
+
+
+def matrix() -> str:
+    """The matrix, in three tables."""
+    about = (
+        f"{capabilities.summary()} In each cell graftwork's sign, then PEFT's: `+` yes, `~` in "
+        "part, `.` no, `x` impossible, `-` without a meaning or not there. Without a row, but "
+        f"tested: {', '.join(capabilities.set_apart())}. `graft methods --matrix` prints it."
+    )
+    lines = ["## What each can do", "", para(about)]
+    rows = [row for names in capabilities.rows().values() for row in names]
+    assert set(" ".join(GROUPS.values()).split()) == set(capabilities.MEANING)
+    for title, words in GROUPS.items():
+        columns = words.split()
+        lines += ["", f"### {title}", ""]
+        lines += [f"- `{c}`: {capabilities.MEANING[c]}" for c in columns]
+        lines += ["", f"| | {' | '.join(columns)} |", f"|---|{':---:|' * len(columns)}"]
+        for row in rows:
+            signs = (capabilities.signs(row, c).replace(" ", "-") for c in columns)
+            lines.append(f"| {row} | {' | '.join(f'`{pair}`' for pair in signs)} |")
+    lines += ["", "### Impossible", "", "Each is refused by an error with this reason.", ""]
+    for why, cells in capabilities.impossible().items():
+        lines.append(para(f"- {why}: {', '.join(cells)}", "  "))
+    return "\n".join(lines) + "\n"
+
+
+def option_names() -> dict[str, list[str]]:
+    """LoRA's variants, starts and optimizers, by the names that the code has for them."""
+    import graftwork
+    from graftwork.inits import STARTS
+    from graftwork.methods.lora_config import VARIANTS
+
+    made = [n for n, home in graftwork._HOME.items() if home.startswith("optim.") and n.islower()]
+    starts = [name for name in STARTS if name not in VARIANTS]
+    return {"variants": ["use_rslora", *VARIANTS], "starts": starts, "optimizers": made}
+
+
+def options_page() -> str:
+    """LoRA's variants, starts and optimizers."""
+    import graftwork
+
+    lines = [
+        "# LoRA's options, starts and optimizers", "",
+        "All are fields of [`LoraConfig`](lora.md), or functions beside it. An adapter has one",
+        "start, and at most one variant. Everything below runs behind this head:", "",
+        HEAD.format(shape="LlamaConfig", model="LlamaForCausalLM", call="",
+                    names="LoraConfig, get_peft_model").rstrip() + "\n" + TRAIN,
+    ]  # fmt: skip
+    for part, names in option_names().items():
+        entries = told(part, names)
+        lines += [f"## {part.capitalize()}", "", "| | how | formula |", "|---|---|---|"]
+        for key, facts in entries.items():
+            title, how = facts.get("name", key), how_to_ask(part, key)
+            lines.append(f"| {title} | `{how}` | {cell(option_formula(part, key, facts))} |")
+        for key, facts in entries.items():
+            lines += ["", f"### {facts.get('name', key)}", "", para(facts["when"]), ""]
+            if "options" in facts:
+                kind = getattr(graftwork, facts["options"])
+                given = {f.name for f in fields(kind) if f.init}
+                lines += [f"`{kind.__name__}`:", "", field_table(kind, given), ""]
+            lines += ["```python", facts["code"].rstrip(), "```"]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def how_to_ask(part: str, key: str) -> str:
+    """What the user writes."""
+    if part == "optimizers":
+        return f"{key}(...)"
+    if part == "starts" or key == "mica":
+        value = key.capitalize() if key in ("true", "false") else f'"{key}"'
+        return f"init_lora_weights={value}"
+    default = next(default_of(f) for f in fields(CONFIGS["LoraConfig"].config) if f.name == key)
+    return f"{key}=True" if default is False else f"{key}=..."
+
+
+def option_formula(part: str, key: str, facts: dict[str, Any]) -> str:
+    """The first paragraph of the docstring where it is computed."""
+    from graftwork.inits import STARTS
+    from graftwork.methods.lora_config import VARIANTS
+
+    if "formula" in facts:
+        return str(facts["formula"])
+    if part == "variants":
+        module = f"graftwork.methods.{VARIANTS[key].partition(':')[0]}"
+    elif part == "optimizers":
+        module = getattr(import_module("graftwork"), key).__module__
+    elif find_spec(f"graftwork.inits.{key}"):
+        module = f"graftwork.inits.{key}"
+    else:
+        return formula(STARTS[key].factors.__doc__)
+    return formula(import_module(module).__doc__)
 
 
 def keys() -> str:
@@ -189,22 +346,48 @@ def keys() -> str:
 
 def written(page: str, name: str, content: str) -> str:
     """A page with ``content`` between the marks ``<!-- name -->`` and ``<!-- end -->``."""
-    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    before, mark, rest = page.partition(f"<!-- {name} -->\n")
+    assert mark, f"<!-- {name} --> is missing"
     _, _, after = rest.partition("<!-- end -->")
     return f"{before}<!-- {name} -->\n{content}<!-- end -->{after}"
 
 
 def pages() -> dict[Path, str]:
     """What the pages should hold."""
-    path = HERE / "command-line.md"
-    found = {path: written(path.read_text(encoding="utf-8"), "keys", keys())}
-    found[FOLDER / "README.md"] = index_page()
-    return found | {FOLDER / page_name(name): method_page(name) for name in METHODS}
+    entries = told("methods", METHODS)
+    parts = {
+        HERE / "command-line.md": {"keys": keys()},
+        HERE / "python.md": {"shared": shared_fields()},
+        HERE.parent / "README.md": {
+            "methods": readme(),
+            "matrix": para(capabilities.summary()) + "\n",
+        },
+    }
+    found = {}
+    for path, marks in parts.items():
+        found[path] = path.read_text(encoding="utf-8")
+        for name, content in marks.items():
+            found[path] = written(found[path], name, content)
+    found |= {FOLDER / "README.md": index_page(), FOLDER / "lora-options.md": options_page()}
+    return found | {FOLDER / page_name(n): method_page(n, facts) for n, facts in entries.items()}
+
+
+def readme() -> str:
+    """The README's methods, by family, and the counts of the matrix."""
+    rows: dict[str, list[str]] = {}
+    for name, row in METHODS.items():
+        rows.setdefault(row.family, []).append(title(name))
+    for part, names in option_names().items():
+        entries = told(part, names)
+        rows[f"LoRA's {part}"] = [
+            facts.get("name", key) for key, facts in entries.items() if key not in ("true", "false")
+        ]
+    lines = [f"{len(METHODS)} methods, and LoRA's options:", "", "| | |", "|---|---|"]
+    lines += [f"| {family} | {', '.join(names)} |" for family, names in rows.items()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    if "--count" in sys.argv:
-        COUNTS.write_text(json.dumps(count(), indent=0) + "\n", encoding="utf-8")
     FOLDER.mkdir(exist_ok=True)
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")

@@ -7,9 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from graftwork.table import METHODS, Method
 from tiny import build
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +38,18 @@ def test_the_example_of_a_method_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
     for code in BLOCK.findall(page.read_text(encoding="utf-8")):
-        exec(compile(code, str(page), "exec"), {})
+        exec(compile(code, str(page), "exec"), names)
 
 
-def test_the_tables_are_the_codes() -> None:
-    pages = runpy.run_path(str(ROOT / "docs" / "tables.py"))["pages"]()
+@pytest.fixture(scope="module")
+def tables() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "tables.py"))
+
+
+def test_the_tables_are_the_codes(tables: dict[str, Any]) -> None:
+    pages = tables["pages"]()
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run: python docs/tables.py"
     assert set(METHOD_PAGES) == {path for path in pages if path.parent.name == "methods"}
@@ -51,3 +59,24 @@ def test_the_tables_are_the_codes() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_what_the_pages_lack_is_said(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Method("NEW", "graftwork.methods.lora_config:LoraConfig", "something")
+    monkeypatch.setitem(METHODS, "NEW", row)
+    with pytest.raises(SystemExit, match=r"methods lacks \['NEW'\]; say when to use it"):
+        tables["pages"]()
+    with pytest.raises(SystemExit, match=r"lacks \['NEW'\]; run: python docs/counts.py"):
+        tables["counted"]()
+    monkeypatch.delitem(METHODS, "NEW")
+    monkeypatch.delitem(METHODS, "C3A")
+    with pytest.raises(SystemExit, match=r"methods has \['C3A'\], which the code does not have"):
+        tables["pages"]()
+
+
+@pytest.mark.slow
+def test_the_counts_are_the_codes(tables: dict[str, Any]) -> None:
+    counts = runpy.run_path(str(ROOT / "docs" / "counts.py"))["count"]()
+    assert counts == tables["counted"](), "run: python docs/counts.py"

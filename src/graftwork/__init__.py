@@ -18,7 +18,7 @@ _WHERE = {  # module -> the public names that it holds
     "errors": "FileError GraftworkError MergeError PeftWarning StateError TargetError "
     "TrainingError",
     "table": "METHODS register",
-    "engine.adapter": "Adapter Additive LowRank",
+    "engine.adapter": "Adapter Additive LowRank Shared",
     "engine.site": "Site register_site",
     "engine.root": "Grafted",
     "files.codec": "LoadReport",

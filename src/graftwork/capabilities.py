@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
+
+from .table import METHODS
 
 PATH = Path(__file__).with_name("capabilities.json")
 PEFT_RELEASE = "0.21.2"
@@ -57,19 +61,85 @@ def impossible() -> dict[str, list[str]]:
     return reasons
 
 
+def rows() -> dict[str, list[str]]:
+    """Family -> the rows of its methods; LoRA's starts and variants stand at the end."""
+    ours = load()["ours"]
+    found: dict[str, list[str]] = {}
+    for name in METHODS:
+        if name in ours:
+            found.setdefault(METHODS[name].family, []).append(name)
+    found["LoRA's starts and variants"] = [name for name in ours if name not in METHODS]
+    return found
+
+
+def set_apart() -> list[str]:
+    """The methods without a row."""
+    return [name for name in METHODS if name not in load()["ours"]]
+
+
+def signs(row: str, capability: str) -> str:
+    """A cell: this library's sign, then PEFT's."""
+    data = load()
+    theirs = data["peft"].get(row, {}).get(capability, "-")
+    return SIGNS[data["ours"][row][capability].partition(":")[0]] + SIGNS[theirs]
+
+
+def summary() -> str:
+    """How many cells hold, of the rows that are measured here; in PEFT, of those that it has."""
+    data = load()
+    ours, peft = (
+        Counter(
+            cell.partition(":")[0] for row in data["ours"] for cell in table.get(row, {}).values()
+        )
+        for table in (data["ours"], data["peft"])
+    )
+    return (
+        f"{len(data['ours'])} rows of {len(MEANING)} cells: {ours['yes']} yes, "
+        f"{ours['impossible']} impossible, {ours['-']} without a meaning, "
+        f"{ours['no'] + ours['part']} no. In PEFT {PEFT_RELEASE}: {peft['yes']} yes, "
+        f"{peft['part']} in part, {peft['no']} no."
+    )
+
+
+def told(row: str) -> list[str]:
+    """What the matrix says of one row, in sentences."""
+    ours, peft = load()["ours"].get(row), load()["peft"].get(row, {})
+    if ours is None:
+        return ["It has tests of its own instead of a row in the matrix."]
+    can = [c for c, cell in ours.items() if cell == "yes"]
+    lines = [f"{len(can)} of {len(ours)}: {', '.join(can)}."]
+    for reason in dict.fromkeys(v for v in ours.values() if v.startswith("impossible")):
+        cells = ", ".join(c for c, v in ours.items() if v == reason)
+        lines.append(f"Impossible, since {reason.partition(': ')[2]}: {cells}.")
+    if without := [c for c, cell in ours.items() if cell == "-"]:
+        lines.append(f"Without a meaning here: {', '.join(without)}.")
+    for kind, words in {"part": "only in part", "no": "not"}.items():
+        if lacking := [c for c in can if peft.get(c) == kind]:
+            lines.append(f"In PEFT {PEFT_RELEASE} {words}: {', '.join(lacking)}.")
+    if not peft:
+        lines.append("PEFT does not have it.")
+    return lines
+
+
 def text() -> str:
-    """The matrix for a terminal: in each cell this library's sign, then PEFT's."""
-    data, columns = load(), list(MEANING)
-    width = max(map(len, data["ours"]))
+    """The matrix for a terminal of 100 columns."""
+    columns = list(MEANING)
+    width = max(map(len, load()["ours"]))
     head = " ".join(f"{i:>2}" for i in range(1, len(columns) + 1))
-    lines = [f"{'':<{width}}  {head}"]
-    for row, cells in data["ours"].items():
-        theirs = data["peft"].get(row, {})
-        pairs = (SIGNS[cells[c].partition(":")[0]] + SIGNS[theirs.get(c, "-")] for c in columns)
-        lines.append(f"{row:<{width}}  {' '.join(pairs)}")
-    signs = "+ yes, ~ in part, . no, x impossible"
-    lines += ["", f"each cell: graftwork, then PEFT {PEFT_RELEASE}; {signs}"]
+    head = f"{'':<{width}}  {head}"
+    lines = [head]
+    for family, names in rows().items():
+        lines += ["", family]
+        for row in names:
+            line = f"{row:<{width}}  {' '.join(signs(row, c) for c in columns)}"
+            lines.append(line.rstrip())
+    lines += ["", head, ""]
     lines += [f"{i:>2} {c:<12} {MEANING[c]}" for i, c in enumerate(columns, 1)]
+    lines += ["", "each cell: graftwork, then PEFT; + yes, ~ in part, . no, x impossible"]
+    lines += wrap(summary(), 100)
+    lines += [f"tests of their own instead of a row: {', '.join(set_apart())}"]
     lines += ["", "impossible, each refused by an error with this reason:"]
-    lines += [f"  {why} ({', '.join(cells)})" for why, cells in impossible().items()]
+    for why, cells in impossible().items():
+        told_why = f"{why} ({', '.join(cells)})"
+        lines += wrap(told_why, 98, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)

@@ -41,6 +41,7 @@ class PeftConfig(Hooks):
         peft_type: the method; each config class sets its own.
         base_model_name_or_path: where the base model came from; filled in by ``get_peft_model``.
         revision: the base model's revision on the hub.
+        peft_version: the PEFT release whose file format is written.
         inference_mode: whether the adapter's tensors are frozen.
     """
 

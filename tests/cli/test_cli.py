@@ -197,8 +197,41 @@ def test_methods() -> None:
     assert {row["name"] for row in json.loads(graft("methods", "--json").stdout)} == set(METHODS)
     assert "--lora-alpha" in graft("methods", "lora").stdout
     told = json.loads(graft("methods", "LORA", "--json").stdout)
-    assert {"name": "r", "type": "int", "default": 8} in told["options"]
+    option = {"name": "r", "type": "int", "default": 8, "meaning": "rank"}
+    assert option in told["options"]
     assert graft("methods", "lorra").exit_code == 2
+
+
+def test_the_options_of_a_method_are_explained() -> None:
+    for name in METHODS:
+        told = json.loads(graft("methods", name, "--json").stdout)
+        assert not [row["name"] for row in told["options"] if not row["meaning"]], name
+    shown = graft("methods", "bottleneck").stdout
+    assert max(map(len, shown.splitlines())) <= 80  # the width of graft() in these tests
+    assert "behind attention and feed-forward" in " ".join(shown.split())
+    assert shown.index("--kind") < shown.index("of every method") < shown.index("--bias")
+
+
+def test_the_matrix_fits_a_terminal() -> None:
+    shown = graft("methods", "--matrix").stdout
+    assert max(map(len, shown.splitlines())) <= 100
+    data = json.loads(graft("methods", "--matrix", "--json").stdout)
+    lines = shown.splitlines()
+    for name, cells in data["ours"].items():
+        row = next(line for line in lines if line.startswith(f"{name} "))
+        signs = {"yes": "+", "impossible": "x", "-": " "}
+        at = [row.ljust(100)[18 + 3 * i] for i in range(len(cells))]
+        assert at == [signs[cell.partition(":")[0]] for cell in cells.values()], name
+    assert all(f"\n{METHODS[name].family}\n" in shown for name in data["ours"] if name in METHODS)
+    assert "0 no. In PEFT" in " ".join(shown.split())
+
+
+def test_the_matrix_of_one_method() -> None:
+    shown = graft("methods", "poly", "--matrix").stdout
+    assert "Impossible, since its update differs from row to row" in " ".join(shown.split())
+    assert "tests of its own" in graft("methods", "xlora", "--matrix").stdout
+    told = json.loads(graft("methods", "LORA", "--matrix", "--json").stdout)
+    assert set(told) == {"ours", "peft"} and told["ours"]["merge"] == "yes"
 
 
 def test_words_are_split_into_options() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from typing import Annotated, Any
+import shutil
+from dataclasses import fields
+from textwrap import fill, wrap
+from typing import Annotated
 
 import typer
 
 from .common import Json, guarded, show_json
+
+WIDEST = 100  # columns that text takes at most
 
 
 def register(app: typer.Typer) -> None:
@@ -25,47 +29,90 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the methods, or the options of one."""
-    from ..table import METHODS
-
-    if matrix:
+    if method is not None:
+        _one(method.upper().replace("-", "_"), matrix, json)
+    elif matrix:
         from .. import capabilities
 
         show_json(capabilities.load()) if json else print(capabilities.text(), flush=True)
+    else:
+        _all(json)
+
+
+def _all(as_json: bool) -> None:
+    from ..table import METHODS
+
+    if as_json:
+        keys = ("name", "family", "about", "paper")
+        show_json([{key: getattr(row, key) for key in keys} for row in METHODS.values()])
         return
-    if method is not None:
-        _options(method.upper().replace("-", "_"), json)
-        return
-    if json:
-        show_json([{"name": m.name, "about": m.about, "paper": m.paper} for m in METHODS.values()])
-        return
-    width = max(map(len, METHODS))
+    width, family = max(map(len, METHODS)), None
     for row in METHODS.values():
-        paper = f"  (arXiv {row.paper})" if row.paper[:1].isdigit() else ""
-        print(f"{row.name:<{width}}  {row.about}{paper}")
-    print("\noptions of one: graft methods LORA", flush=True)
+        if row.family != family:
+            print(f"{'' if family is None else chr(10)}{row.family}")
+            family = row.family
+        print(f"  {row.name:<{width}}  {row.about}")
+    print(
+        "\noptions of one: graft methods LORA; what each can do: graft methods --matrix", flush=True
+    )
 
 
-def _options(name: str, as_json: bool) -> None:
+def _one(name: str, matrix: bool, as_json: bool) -> None:
+    from .. import capabilities
+    from ..config import TargetConfig
+    from ..meaning import default_of, meanings
     from ..train import options
 
     config = options.config_class(name)
-    chosen = options.defaults(name)
-    rows = []
-    for f in fields(config):
-        if f.name in options.names_of(name):
-            default = chosen.options.get(f.name, _default(f))
-            rows.append({"name": f.name, "type": str(f.type), "default": default})
+    if matrix and as_json:
+        show_json({who: table.get(name, {}) for who, table in capabilities.load().items()})
+        return
+    if matrix:
+        print("\n".join(fill(line, _columns()) for line in capabilities.told(name)), flush=True)
+        return
+    chosen, means = options.defaults(name), meanings(config)
+    shared = {f.name for f in fields(TargetConfig)}
+    rows = [
+        {
+            "name": f.name,
+            "type": str(f.type),
+            "default": chosen.options.get(f.name, default_of(f)),
+            "meaning": means.get(f.name, "").replace("``", ""),
+        }
+        for f in sorted(fields(config), key=lambda f: f.name in shared)
+        if f.name in options.names_of(name)
+    ]
     if as_json:
         show_json({"name": name, "options": rows})
         return
-    width = max(len(str(row["name"])) for row in rows)
+    _heading(name)
     for row in rows:
-        flag = f"--{str(row['name']).replace('_', '-')}"
-        print(f"{flag:<{width + 2}}  {row['default']!s}")
-    print(f"\nlearning rate  {chosen.rate:g} (classification), {chosen.language_rate:g} (language)")
+        if row["name"] == "target_modules":
+            print("\nof every method:")
+        _option(row["name"], row["default"], row["meaning"])
+    rates = f"{chosen.rate:g} (classification), {chosen.language_rate:g} (language)"
+    print(f"\nlearning rate  {rates}", flush=True)
 
 
-def _default(field: Any) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return None if field.default is MISSING else field.default
+def _heading(name: str) -> None:
+    from ..table import METHODS
+
+    row = METHODS[name]
+    paper = f"arXiv {row.paper}" if row.paper[:1].isdigit() else row.paper
+    told = f"{name}: {row.about}{f' ({paper})' if paper else ''}"
+    print(f"{fill(told, _columns())}\n")
+
+
+def _option(name: str, default: object, meaning: str) -> None:
+    """One line for an option and its default, and its meaning, further lines where it is long."""
+    flag = f"--{name.replace('_', '-')}"
+    front = f"{flag:<27} {default!s:<12}  "
+    width = max(30, _columns() - len(front))
+    head, *rest = wrap(meaning, width, break_on_hyphens=False) or [""]
+    print(f"{front}{head}".rstrip())
+    for line in rest:
+        print(f"{'':<{len(front)}}{line}")
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size().columns, WIDEST)

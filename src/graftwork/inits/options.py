@@ -18,7 +18,7 @@ class EvaConfig:
     rho: float = 2.0  # a layer gets at most rho r directions
     tau: float = 0.99  # a direction has converged when its cosine with the last one is above
     use_label_mask: bool = True  # positions whose label is label_mask_value do not count
-    label_mask_value: int = -100
+    label_mask_value: int = -100  # the label that is none
     whiten: bool = False  # directions are divided by the root of their singular value
     adjust_scaling_factors: bool = True  # lora_alpha follows a changed rank: the scale stays
 
@@ -37,7 +37,7 @@ class CordaConfig:
     covariance_file: str | None = None  # the inputs' covariances, for any rank
     corda_method: str = "ipm"  # "ipm": the strongest directions; "kpm": the weakest
     verbose: bool = False  # PEFT's progress bar; nothing is printed
-    use_float16_for_covariance: bool = False
+    use_float16_for_covariance: bool = False  # less memory, less exact
     prune_temporary_fields: bool = True  # PEFT's; there are none
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class LoftQConfig:
     """LoftQ: the quantiser, and how often it and the SVD take turns."""
 
     loftq_bits: int = 4  # 4: NF4 in blocks of 64; 8: int8 by rows
-    loftq_iter: int = 1
+    loftq_iter: int = 1  # turns
 
     def __post_init__(self) -> None:
         if self.loftq_bits not in (4, 8):

@@ -27,10 +27,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class BottleneckConfig(TargetConfig):
-    """Small networks behind, or in parallel to, layers or whole modules."""
+    """Small networks behind, or in parallel to, layers or whole modules.
 
-    # "houlsby": behind attention and feed-forward; "pfeiffer": behind the latter; "parallel":
-    # beside what target_modules names
+    Args:
+        kind: "houlsby": behind attention and feed-forward; "pfeiffer": behind the latter;
+            "parallel": beside what target_modules names.
+    """
+
     kind: str = "houlsby"
     reduction_factor: int = 16  # the bottleneck has the input's width divided by it
     non_linearity: str = "relu"  # relu, gelu, silu or tanh

@@ -22,9 +22,9 @@ from .sparse import Sparse
 class FourierFTConfig(TargetConfig):
     """Some coefficients of the update's Fourier transform."""
 
-    n_frequency: int = 1000  # how many
+    n_frequency: int = 1000  # how many coefficients train
     scaling: float = 150.0  # s
-    random_loc_seed: int | None = 777  # which: drawn from this seed, and in no file
+    random_loc_seed: int | None = 777  # which they are: drawn from this seed, and in no file
     n_frequency_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: n there}
     init_weights: bool = False  # True: zero; False: normal, so the start is not the base
 

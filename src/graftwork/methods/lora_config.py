@@ -61,15 +61,15 @@ class LoraConfig(TargetConfig):
     alpha_pattern: Any = field(default_factory=dict)  # the same for lora_alpha
     lora_bias: bool = False  # B has a bias
     ensure_weight_tying: bool = False  # an adapter on a tied weight acts at both ends
-    use_dora: bool = False
-    kasa_config: Any = None  # KasaConfig
-    use_qalora: bool = False
+    use_dora: bool = False  # DoRA: rows of learned norms
+    kasa_config: Any = None  # KasaConfig, which asks for KaSA
+    use_qalora: bool = False  # QALoRA: constant in groups of inputs
     qalora_group_size: int = 16  # inputs that QALoRA pools
-    use_bdlora: Any = None  # BdLoraConfig
-    velora_config: Any = None  # VeloraConfig
-    monteclora_config: Any = None  # MontecloraConfig
+    use_bdlora: Any = None  # BdLoraConfig, which asks for BD-LoRA
+    velora_config: Any = None  # VeloraConfig, which asks for VeLoRA
+    monteclora_config: Any = None  # MontecloraConfig, which asks for MonteCLoRA
     alora_invocation_tokens: list[int] | None = None  # ids from which on aLoRA acts
-    arrow_config: Any = None  # ArrowConfig
+    arrow_config: Any = None  # ArrowConfig, of create_arrow_model
     loftq_config: Any = field(default_factory=dict)  # LoftQConfig, of init_lora_weights="loftq"
     eva_config: Any = None  # EvaConfig, of "eva"
     corda_config: Any = None  # CordaConfig, of "corda"

@@ -27,9 +27,9 @@ class KasaConfig:
 class BdLoraConfig:
     """BD-LoRA: at which layers A, at which B consists of blocks."""
 
-    target_modules_bd_a: list[str] | None = None  # parts of the paths of layers whose A does
-    target_modules_bd_b: list[str] | None = None  # parts of the paths of layers whose B does
-    nblocks: int = 1
+    target_modules_bd_a: list[str] | None = None  # parts of paths: A has blocks there
+    target_modules_bd_b: list[str] | None = None  # parts of paths: B has blocks there
+    nblocks: int = 1  # blocks of a factor
     match_strict: bool = True  # every adapted layer must be meant by one of the two
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class MontecloraConfig:
     use_entropy: bool = False  # also keep their weights apart from a single one: sum w^2
     dirichlet_prior: float = 0.1  # of the weights
     sample_scaler: float = 1e-4  # of the noise
-    kl_loss_weight: float = 1e-5
+    kl_loss_weight: float = 1e-5  # of the penalty
     buffer_size: int = 150  # PEFT's, which draws ahead; here draws are made as they are needed
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class ArrowConfig:
     """Arrow: how a token chooses among adapters; ``create_arrow_model`` names these."""
 
     top_k: int = 3  # adapters for each token
-    router_temperature: float = 1.0
+    router_temperature: float = 1.0  # of the softmax over adapters
     use_gks: bool = False  # take the mean of general adapters away from each (GenKnowSub)
     task_adapter_names: list[str] | None = field(default=None, init=False)
     gks_adapter_names: list[str] | None = field(default=None, init=False)

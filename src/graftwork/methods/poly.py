@@ -26,8 +26,8 @@ class PolyConfig(TargetConfig):
     r: int = 8  # rank of a skill
     init_weights: bool = True  # False: the update does not start at zero
     poly_type: str = "poly"  # PEFT's only one
-    n_tasks: int = 1
-    n_skills: int = 4
+    n_tasks: int = 1  # tasks, each with a mixture
+    n_skills: int = 4  # skills that are mixed
     n_splits: int = 1  # parts of inputs and outputs with mixtures of their own
 
     METHOD = PeftType.POLY

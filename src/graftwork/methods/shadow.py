@@ -30,8 +30,8 @@ class ShadowConfig(TargetConfig):
     shadow_model: str = "mirror"  # a smaller model of the same kind, or a folder or hub id of one
     shadow_num_hidden_layers: int | None = None  # of the mirror; None: one
     shadow_hidden_size: int | None = None  # of the mirror; None: the model's own, as the next two
-    shadow_num_attention_heads: int | None = None
-    shadow_intermediate_size: int | None = None
+    shadow_num_attention_heads: int | None = None  # of the mirror
+    shadow_intermediate_size: int | None = None  # of the mirror
     share_embeddings: bool = True  # the mirror gets the model's embeddings, where widths agree
     update_hidden_size: int | None = None  # width within T and G; None: r
     auxiliary_loss_weight: float = 0.05  # of the loss of the small model's own answers

@@ -23,11 +23,11 @@ from .wavelets import FAMILIES, filters, inverse
 class WaveFTConfig(TargetConfig):
     """Some coefficients of the update's wavelet transform."""
 
-    n_frequency: int = 2592  # how many
+    n_frequency: int = 2592  # how many coefficients train
     scaling: float = 25.0  # s
     wavelet_family: str = "db1"  # db1-38, sym2-20, coif1-17; others than db1 need PyWavelets
     use_idwt: bool = True  # False: W + s S
-    random_loc_seed: int | None = 777  # which: drawn from this seed, and in no file
+    random_loc_seed: int | None = 777  # which they are: drawn from this seed, and in no file
     n_frequency_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: n there}
     proportional_parameters: bool = False  # n_frequency is the mean; a layer's n goes by its size
     init_weights: bool = True  # False: not zero at the start

@@ -36,7 +36,7 @@ class XLoraConfig(TargetConfig):
     xlora_size: int = 2048  # width between them
     xlora_dropout_p: float = 0.2  # probability, in training, between them
     use_trainable_adapters: bool = False  # the experts train too
-    softmax_temperature: float = 1.0
+    softmax_temperature: float = 1.0  # of the softmax over experts; lower is sharper
     top_k_lora: int | None = None  # so many experts a token; None: all
     scaling_pass_value: float = 0.0  # every scaling in the first pass
     global_scaling_weight: float = 1.0  # g
