@@ -15,6 +15,16 @@ from graftwork import AdaLoraConfig, LoraConfig, get_peft_model
 
 SOURCE = Path(graftwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
+SEVERAL = {  # what brings more than a formula; none over 200
+    "adalora.py": 150,  # its schedule
+    "lora_config.py": 165,  # the options of all variants
+    "lily.py": 130,  # tensors shared in two ways
+    "bottleneck.py": 130,  # where it goes in a model
+    "arrow.py": 160,  # building a model of saved adapters
+    "shadow.py": 135,
+    "shadow_side.py": 200,  # a model beside the model
+    "defaults.py": 155,  # tables
+}
 HEAVY = "torch transformers numpy safetensors huggingface_hub accelerate datasets peft".split()
 
 
@@ -51,12 +61,11 @@ def test_every_public_name_is_there_and_explained() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SOURCE)) for p in FILES])
 def test_rooms_stay_small(path: Path) -> None:
-    assert lines(path) <= (200 if path.parent.name == "methods" else 400)
+    limit = SEVERAL.get(path.name, 120) if path.parent.name == "methods" else 400
+    assert lines(path) <= limit
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            told = len((ast.get_docstring(node) or "").splitlines())
-            length = (node.end_lineno or 0) - node.lineno - told
-            assert length < 50, f"{node.name} is too long"
+            assert (node.end_lineno or 0) - node.lineno < 50, f"{node.name} is too long"
 
 
 def test_a_method_is_a_small_file() -> None:

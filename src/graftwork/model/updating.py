@@ -46,20 +46,17 @@ class Updating(nn.Module):
             adapters: their names.
             weights: one for each; negative ones take an adapter's effect away.
             adapter_name: the name of the new one.
-            combination_type: "linear", "cat" (linear, without making the rank smaller), "svd"
-                (linear, with a rank), "ties", "dare_linear", "dare_ties", "magnitude_prune"; each
-                acts on the updates, in factored form. PEFT's names that end with ``_svd`` mean the
-                same here.
-            svd_rank: at most so many directions; for "svd" by default the largest rank that an
-                adapter has.
+            combination_type: "linear", "cat" (linear, of the full rank), "svd" (linear, with a
+                rank), "ties", "dare_linear", "dare_ties", "magnitude_prune": of the updates, in
+                factored form; also PEFT's names that end with ``_svd``.
+            svd_rank: at most so many directions; for "svd" by default the adapters' largest rank.
             svd_clamp: PEFT's option, which is not available.
             svd_full_matrices: PEFT's option, without effect on the result.
             svd_driver: PEFT's option, without effect on the result.
             density: the share of the numbers that ties, dare and magnitude_prune keep.
             majority_sign_method: how TIES elects a sign, "total" or "frequency".
             energy: the fewest directions that hold this share of the squared norm.
-            compat: "peft" for PEFT's rules, which act on the factors; the default under
-                ``as_peft()``.
+            compat: "peft": PEFT's rules, on the factors; the default under ``as_peft()``.
 
         Returns:
             Place -> the share of the combined update that a smaller rank leaves out.
@@ -71,19 +68,11 @@ class Updating(nn.Module):
 
         if svd_clamp is not None:
             raise ValueError("svd_clamp is not available: it distorts the update. Leave it out")
-        root = self.base_model
+        root, rule = self.base_model, compat or ("peft" if POLICY.lenient else None)
+        rank, sign, how = svd_rank, majority_sign_method, combination_type
+        model, switch = root.model, root.switch
         return combine(
-            root.model,
-            root.switch,
-            adapters,
-            weights,
-            adapter_name,
-            combination_type,
-            svd_rank,
-            energy,
-            density,
-            majority_sign_method,
-            compat or ("peft" if POLICY.lenient else None),
+            model, switch, adapters, weights, adapter_name, how, rank, energy, density, sign, rule
         )
 
     def to_lora(
