@@ -6,7 +6,7 @@ from specs import Case, Parity
 CASES = {
     "ln_tuning": Case(LNTuningConfig, main=True),
     "full": Case(FullConfig, main=True),
-    "bitfit": Case(BitFitConfig, needs="bias", main=True),
+    "bitfit": Case(BitFitConfig, needs="biased", main=True),
     "bottleneck": Case(lambda: BottleneckConfig(reduction_factor=2), main=True, lacks="fold"),
     "bottleneck_gelu": Case(
         lambda: BottleneckConfig(reduction_factor=3, non_linearity="gelu", scaling=0.5),

@@ -25,7 +25,8 @@ class ALoRA(LoRA):
     """LoRA with a mask over positions."""
 
     FORBIDS: ClassVar[dict[str, str]] = {
-        "merge": "it acts on some positions of a row, which depend on the row's tokens"
+        "merge": "it acts on some positions of a row, which depend on the row's tokens",
+        "layers": "it acts on single positions of a row, which such a layer mixes or does not show",
     }
     factored = Adapter.factored
 
@@ -33,8 +34,8 @@ class ALoRA(LoRA):
         super().__init__(config, site)
         if not site.pointwise and not isinstance(site, Embedding):
             raise ValueError(
-                f"aLoRA acts on some positions only, and {site.path} {site.describe()} mixes them "
-                "or shows none; leave it out of target_modules"
+                f"aLoRA cannot sit at {site.path} {site.describe()}: {self.FORBIDS['layers']}; "
+                "leave it out of target_modules"
             )
         self.called = name_of(config.alora_invocation_tokens or ())
 

@@ -34,6 +34,9 @@ class BEFT(Adapter):
 
     keys: ClassVar[dict[str, str]] = {"bias": "beft_bias", "row": "beft_bias"}
     stacked = True
+    FORBIDS: ClassVar[dict[str, str]] = {
+        "parameters": "no bias can be added to what a module's own code computes with a parameter"
+    }
     bias: nn.Parameter | None
     row: nn.Parameter | None
 
@@ -41,8 +44,8 @@ class BEFT(Adapter):
         super().__init__(config, site)
         if isinstance(site, ParameterSite):
             raise ValueError(
-                f"{site.name} is a parameter of a module, not a layer, so no bias can be added to "
-                "what it computes; train the module's own with bias='all' in another method"
+                f"BEFT cannot sit at {site.name}: {self.FORBIDS['parameters']}; train the module's "
+                "own biases, with BitFit or with bias='all' in another method"
             )
         v = nn.Parameter(torch.empty(1, site.shape[0]))
         self.bias, self.row = (None, v) if isinstance(site, Embedding) else (v, None)

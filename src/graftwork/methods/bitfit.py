@@ -10,7 +10,7 @@ from ..engine.adapter import Adapter, Shared
 from ..engine.host import Host
 from ..engine.site import ParameterSite, kind_of
 from ..errors import TargetError
-from ..targets.offer import Offer, Target
+from ..targets.offer import Offer, Target, leaf
 from .whole import Bias, Whole
 
 
@@ -26,13 +26,16 @@ class BitFitConfig(TargetConfig):
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         module = offer.modules[path]
-        if module._parameters.get("bias") is None:
-            return []
-        inside = offer.targets(path)  # a layer inside an attention is that attention's
-        if inside and inside[0].parameter:
-            name = (inside[0].parameter or "").replace("weight", "bias")
-            return [Target(inside[0].path, inside[0].module, name)]
-        return [Target(path, module, None if kind_of(module) else "bias")]
+        own = [n for n, p in module._parameters.items() if p is not None and n.endswith("bias")]
+        at = offer.targets(path)
+        if at and at[0].path != path:  # a layer inside an attention is that attention's
+            return [Target(at[0].path, at[0].module, f"{leaf(path)}.{name}") for name in own]
+        whole = kind_of(module) is not None
+        found = [Target(path, module, None if whole else name) for name in own]
+        if at and not whole:
+            for child, _ in module.named_children():
+                found += self.places(offer, f"{path}.{child}")
+        return found
 
     def usual(self, offer: Offer) -> Any:
         biased = {path for path in offer.modules if self.places(offer, path)}

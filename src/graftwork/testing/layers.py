@@ -76,7 +76,8 @@ class Kind:
         x: an input, four rows.
         about: what it is, for tables.
         tags: what is particular: "ids" (its input are ids), "fold" (only the folded weight is
-            used), "stacked", "tokens" (it has a vocabulary), "bias" (it has one).
+            used), "stacked", "tokens" (it has a vocabulary), "bias" (it has one), "biased" (its
+            module has some).
         fields: what a config needs beside its own fields to sit there.
     """
 
@@ -115,19 +116,19 @@ def _kind(
 
 
 KINDS: dict[str, Kind] = {
-    "linear": _kind(lambda: nn.Linear(8, 6), (4, 8), "Linear", "bias tokens"),
+    "linear": _kind(lambda: nn.Linear(8, 6), (4, 8), "Linear", "bias biased tokens"),
     "linear_3d": _kind(lambda: nn.Linear(8, 6, bias=False), (4, 3, 8), "Linear", "tokens"),
-    "conv1d_gpt2": _kind(_conv1d, (4, 3, 8), "transformers' Conv1D", "bias"),
+    "conv1d_gpt2": _kind(_conv1d, (4, 3, 8), "transformers' Conv1D", "bias biased"),
     "conv1d": _kind(
-        lambda: nn.Conv1d(8, 6, 3, padding="same"), (4, 8, 9), "Conv1d", "bias"
+        lambda: nn.Conv1d(8, 6, 3, padding="same"), (4, 8, 9), "Conv1d", "bias biased"
     ),
     "conv2d": _kind(
         lambda: nn.Conv2d(8, 6, (3, 1), stride=2, padding=(1, 0), dilation=(2, 1)),
-        (4, 8, 11, 7), "Conv2d", "bias",
+        (4, 8, 11, 7), "Conv2d", "bias biased",
     ),
     "conv2d_groups": _kind(
         lambda: nn.Conv2d(8, 6, 3, groups=2, padding=1, padding_mode="reflect"),
-        (4, 8, 7, 7), "Conv2d, groups", "bias",
+        (4, 8, 7, 7), "Conv2d, groups", "bias biased",
     ),
     "conv2d_depthwise": _kind(
         lambda: nn.Conv2d(8, 8, 3, groups=8, padding=1, padding_mode="replicate", bias=False),
@@ -135,7 +136,7 @@ KINDS: dict[str, Kind] = {
     ),
     "conv3d": _kind(
         lambda: nn.Conv3d(4, 6, (2, 3, 1), padding=(1, 1, 0), padding_mode="circular"),
-        (4, 4, 5, 6, 3), "Conv3d", "bias",
+        (4, 4, 5, 6, 3), "Conv3d", "bias biased",
     ),
     "embedding": _kind(lambda: nn.Embedding(12, 6), (4, 5), "Embedding", "ids tokens"),
     "embedding_padding": _kind(
@@ -149,11 +150,11 @@ KINDS: dict[str, Kind] = {
     ),
     "attention": _kind(
         lambda: nn.MultiheadAttention(8, 2, batch_first=True),
-        (4, 5, 8), "MultiheadAttention", "fold",
+        (4, 5, 8), "MultiheadAttention", "fold biased",
     ),
     "attention_unequal": _kind(
         lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True), (4, 5, 18),
-        "MultiheadAttention, unequal", "fold",
+        "MultiheadAttention, unequal", "fold biased",
     ),
     "experts": _kind(
         lambda: Experts(False), (4, 8), "stacked parameters", "fold stacked",

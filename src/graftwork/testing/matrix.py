@@ -37,6 +37,10 @@ LAYERS = {
 }
 
 
+class MeaninglessError(Exception):
+    """A capability asks for what the method does not have."""
+
+
 def _reloads(entry: Entry, model: Any, tied: bool = False, **options: Any) -> None:
     """Saved and loaded again it gives the same bits."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,8 +158,6 @@ def layer(kinds: str) -> Callable[[Entry], None]:
 
 def tied(entry: Entry) -> None:
     """At a tied embedding the other end keeps its weight, merged and saved as well."""
-    if not set(LAYERS["Embedding"].split()) & set(entry.kinds):
-        raise LookupError("it has no meaning at embeddings")
     model = entry.small(entry.at(["embed"]), tied=True)
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(entry.run(model), Small(True).eval()(IDS))
@@ -192,7 +194,7 @@ def other_values(config: PeftConfig) -> list[tuple[str, Any]]:
     """Fields of the method's own with other values than they have.
 
     Raises:
-        LookupError: it has no fields that could differ from layer to layer.
+        MeaninglessError: it has no fields that could differ from layer to layer.
     """
     own = {f.name for f in fields(config)} - OPTIONAL - {f.name for f in fields(PeftConfig)}
     found: list[tuple[str, Any]] = []
@@ -205,7 +207,7 @@ def other_values(config: PeftConfig) -> list[tuple[str, Any]]:
         elif isinstance(value, float) and value:
             found.insert(0, (name, value / 2))
     if not found:
-        raise LookupError(f"{type(config).__name__} has no field of its own")
+        raise MeaninglessError(f"{type(config).__name__} has no field of its own")
     return found
 
 
@@ -311,13 +313,15 @@ def measure(entry: Entry, capability: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             CAPABILITIES[capability](deepcopy(entry))
-    except LookupError:
+    except MeaninglessError:
         return "-"
     except Exception as error:
         text = str(error).strip()
         if reason := next((why for said, why in reasons.items() if said in text), None):
             return f"impossible: {reason}"
-        if capability in LAYERS and not set(LAYERS[capability].split()) & set(entry.kinds):
+        kinds = LAYERS.get("Embedding" if capability == "tied" else capability, "").split()
+        refused = isinstance(error, (ValueError, TypeError))
+        if kinds and refused and not set(kinds) & set(entry.kinds):
             return "-"
         return f"no: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
     return "yes"
