@@ -94,6 +94,7 @@ class Adapter(Part):
     FORBIDS: ClassVar[dict[str, str]] = {}  # capability -> why mathematics forbids it
     scale: float | Tensor  # a factor of the update, where the method has one
     skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
+    absent: bool = False  # it was left out of the last forward in training
     linear: ClassVar[str] = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
@@ -142,7 +143,10 @@ class Adapter(Part):
 
     def skipped(self) -> bool:
         """Whether this forward goes without the adapter (``module_dropout`` in PEFT)."""
-        return self.training and self.skip > 0 and bool(torch.rand(()) < self.skip)
+        if not (self.training and self.skip > 0):
+            return False
+        self.absent = bool(torch.rand(()) < self.skip)
+        return self.absent
 
     def instead(self) -> nn.Module | None:
         """A module that runs in the layer's place, where this part has one."""

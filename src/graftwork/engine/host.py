@@ -130,10 +130,14 @@ class Host(nn.Module):
         parts = [(name, *part) for name in names for part in self.parts_of(name)]
         for i, (name, key, part) in enumerate(parts):
             for low, place, other in parts[:i]:
-                apart = ":" in key and key != place  # parts at different parameters
-                if low != name and not apart and part.hides(other):
+                if low != name and not self.apart(key, place) and part.hides(other):
                     return f"{name!r} puts its values in place of those of {low!r} at {self.path}"
         return None
+
+    def apart(self, key: str, other: str) -> bool:
+        """Whether the part called ``key`` is at one parameter and ``other`` not at the same one."""
+        mine, theirs = self.site_of(key), self.site_of(other)
+        return mine is not None and (theirs is None or mine.parameter != theirs.parameter)
 
     def need_site(self, key: str) -> Site:
         """The site of a part that has one."""

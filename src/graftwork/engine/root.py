@@ -151,8 +151,8 @@ class Grafted(nn.Module):
         if not floats or any(t.requires_grad for t in floats) or switch.merged:
             return
         parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
-        if any(part.skip for part in parts):
-            return  # a forward that leaves adapters out has no gradient now and then
+        if any(part.absent for part in parts):
+            return  # left out on purpose: there may be nothing to learn in this forward
         if any(tensor.requires_grad for part in parts for tensor in part.parameters()):
             raise TrainingError(
                 "no gradient reaches the adapters: the outputs do not depend on any trainable "

@@ -6,6 +6,7 @@ it must be the same class.
 
 from __future__ import annotations
 
+from .. import _WHERE
 from ..table import CONFIGS
 from ..types import PeftType
 
@@ -30,18 +31,8 @@ _OFFERS = {
     "prepare_model_for_compiled_hotswap save_as_lora",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict delete_adapter set_adapter set_requires_grad",
-    "methods.lora_options": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
-    "methods.arrow": "create_arrow_model",
-    "inits.options": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
     "inits.batches": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
-    "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",
-    "inits.corda": "preprocess_corda",
-    "inits.lora_ga": "preprocess_loraga",
-    "inits.requantised": "replace_lora_weights_loftq",
-    "optim.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
-    "optim.loraplus": "create_loraplus_optimizer",
-    "optim.riemannian": "create_riemannian_optimizer",
     "engine.root": "BaseTuner=Grafted",
     "engine.host": "BaseTunerLayer=Host Linear=Host",
     "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
@@ -52,6 +43,12 @@ _OFFERS = {
     "check_target_module_exists fsdp_auto_wrap_policy get_layer_status get_model_status "
     "get_peft_config infer_device is_bnb_4bit_available is_bnb_available "
     "prepare_model_for_kbit_training TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+}
+# the variants, starts and optimizers have PEFT's names in this library too
+_OFFERS |= {
+    where: f"{_OFFERS.get(where, '')} {names}"
+    for where, names in _WHERE.items()
+    if where.startswith(("methods.", "inits.", "optim."))
 }
 # PEFT's name -> (module here, name there)
 NAMES = {
