@@ -322,7 +322,7 @@ def test_what_is_wrong_with_data_is_told(tmp_path: Path) -> None:
         (lambda: CordaConfig(corda_method="ipn"), "did you mean 'ipm'"),
         (lambda: LoraGAConfig(direction="ArB"), "did you mean 'ArBr'"),
         (lambda: LoraGAConfig(scale="stabel"), "did you mean 'stable'"),
-        (lambda: LoraGAConfig(stable_gamma=0), "stable_gamma=0 must be positive"),
+        (lambda: LoraGAConfig(stable_gamma=0), "stable_gamma=0 must be a number above zero"),
         (lambda: LoftQConfig(loftq_bits=3), r"loftq_bits=3 is not known; it is one of \[4, 8\]"),
         (lambda: LoftQConfig(loftq_iter=0), "loftq_iter must be at least 1"),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import FileError, did_you_mean, warn
+from .fields import check_choice, check_fields
 from .hooks import Hooks
 from .types import OwnType
 from .types import PeftType as PeftType
@@ -54,14 +55,29 @@ class PeftConfig(Hooks):
     inference_mode: bool = False
 
     METHOD: ClassVar[PeftType | str | None] = None  # a str for a method that PEFT does not have
+    ADAPTER: ClassVar[Any] = None  # set by ``class X(Adapter, config=XConfig)``
     PATTERNS: ClassVar[dict[str, str]] = {}  # field with values per path -> the field it overrides
     BEYOND: ClassVar[frozenset[str]] = frozenset()  # fields beyond PEFT's: written only where set
     CONTEXT: ClassVar[tuple[str, ...]] = ()  # arguments of a call that the adapters read
-    TARGETS: ClassVar[dict[str, Any]] = {}  # PEFT's choice of layers per architecture
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
 
+    def __init_subclass__(cls, method: str = "", peft: str | None = None, **kwargs: Any) -> None:
+        """A config's class.
+
+        Args:
+            method: the name of its method, as in files.
+            peft: which of the optional fields PEFT's config has, see ``beyond``.
+            **kwargs: none.
+        """
+        super().__init_subclass__(**kwargs)
+        if method:
+            cls.METHOD = PeftType.__members__.get(method, method)
+        if peft is not None:
+            cls.BEYOND = beyond(peft)
+
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.METHOD is not None:
             own = isinstance(self.METHOD, PeftType)
             self.peft_type = self.METHOD if own else OwnType(self.METHOD)
@@ -78,9 +94,13 @@ class PeftConfig(Hooks):
 
     def adapter(self) -> type[Adapter]:
         """The class of this config's adapters."""
-        raise NotImplementedError(
-            f"{type(self).__name__} is the base of all configs; use a method's own config"
-        )
+        if self.ADAPTER is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no adapter; use a method's own config, and in a method "
+                f"of your own write class Mine(LowRank, config={type(self).__name__})"
+            )
+        found: type[Adapter] = self.ADAPTER
+        return found
 
     def share(self, sites: Sequence[Site]) -> Shared | None:
         """What the adapters at these sites have in common, built once."""
@@ -91,7 +111,7 @@ class PeftConfig(Hooks):
         site, cls = host.need_site(key), self.adapter()
         config = self.at(site.path, site.parameter)
         if site.lead and not cls.stacked:
-            from .methods.stack import Stack
+            from .parts.stack import Stack
 
             return Stack(cls, config, site, shared)
         return cls(config, site) if shared is None else cls(config, site, shared)
@@ -224,7 +244,8 @@ def beyond(peft: str) -> frozenset[str]:
     """The optional fields that a config of PEFT lacks; ``peft`` are those that it has.
 
     "layers" stands for ``layers_to_transform`` and ``layers_pattern``, "exclude" for
-    ``exclude_modules``, "save" for ``modules_to_save``, "fan" for ``fan_in_fan_out``.
+    ``exclude_modules``, "save" for ``modules_to_save``, "fan" for ``fan_in_fan_out``; "all" for
+    every one that any config of PEFT has.
     """
     words = {
         "layers": "layers_to_transform layers_pattern",
@@ -232,6 +253,8 @@ def beyond(peft: str) -> frozenset[str]:
         "save": "modules_to_save",
         "fan": "fan_in_fan_out",
     }
+    if peft == "all":
+        return frozenset({"overrides", "allow_unmatched"})
     return OPTIONAL.difference(*(words.get(word, word).split() for word in peft.split()))
 
 
@@ -274,13 +297,13 @@ class TargetConfig(PeftConfig):
 
     def prepare(self, offer: Offer) -> None:
         """Spell out what the config means in this model."""
-        from .methods.companions import prepare
+        from .parts.companions import prepare
 
         prepare(self, offer)
 
     def companions(self, match: Match, targets: list[Target]) -> Iterable[Slot]:
         """What is to be built beside the method's own adapters at ``targets``."""
-        from .methods.companions import companions
+        from .parts.companions import companions
 
         return companions(match, targets)
 
@@ -343,27 +366,6 @@ def pattern_matches(key: str, path: str, parameter: str = "weight") -> bool:
     """PEFT's rule for rank_pattern and its kin: a regex for the end of a path."""
     full = re.compile(rf"(.*\.)?({key})$")
     return bool(full.match(path)) or bool(full.match(f"{path}.{parameter}"))
-
-
-def check_rank(value: Any, name: str) -> None:
-    """Refuse a rank that is not a positive whole number."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
-    if value <= 0:
-        raise ValueError(f"{name} must be at least 1, not {value}; try {name}=8")
-
-
-def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices."""
-    if value not in choices:
-        near = did_you_mean(str(value), choices)
-        raise ValueError(f"{name}={value!r} is not known{near}; it is one of {list(choices)}")
-
-
-def check_probability(value: Any, name: str) -> None:
-    """Refuse what is no probability below 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"{name} is a probability below 1, not {value!r}")
 
 
 def _member(enum: type[Any], value: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 FIELD = re.compile(r"^    (\w+): [^#\n]+#(?P<words>.*)$", re.M)
-LINT = re.compile(r"^ *noqa: \w+( - PEFT's name;)?")
+LINT = re.compile(r"^ *noqa: \w+( - PEFT's name;?)?")
 
 
 def meanings(kind: type[Any]) -> dict[str, str]:
@@ -18,6 +18,11 @@ def meanings(kind: type[Any]) -> dict[str, str]:
         if is_dataclass(cls):
             found |= _arguments(cls.__doc__ or "")
             found |= {m[1]: LINT.sub("", m["words"]).strip() for m in FIELD.finditer(_source(cls))}
+    for f in fields(kind):
+        words = found.get(f.name, "")
+        others = map(str, f.metadata.get("choices", ())[1:])
+        if new := [one for one in others if one not in words]:
+            found[f.name] = "; ".join(filter(None, [words, f"or {', '.join(new)}"]))
     return {name: words for name, words in found.items() if words}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Part(nn.Module):
     """Tensors of an adapter that are kept together, with their names in a PEFT file."""
 
-    keys: ClassVar[dict[str, str]] = {}  # tensor name here -> its name in a PEFT file
+    keys: dict[str, str] = {}  # tensor name here -> its name in a PEFT file
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,17 +87,23 @@ class Adapter(Part):
         shared: what ``config.share`` made for all adapters of this name.
     """
 
-    stacked: ClassVar[bool] = False  # whether it takes weights with leading axes, as of experts
-    beside: ClassVar[bool] = False  # acts on what a module gives, whatever the module is
-    ready: ClassVar[bool] = False  # its values come from other files than its own
-    replaces: ClassVar[bool] = False  # fold puts other values in place and computes nothing
-    FORBIDS: ClassVar[dict[str, str]] = {}  # capability -> why mathematics forbids it
+    stacked = False  # whether it takes weights with leading axes, as of experts
+    beside = False  # acts on what a module gives, whatever the module is
+    ready = False  # its values come from other files than its own
+    replaces = False  # fold puts other values in place and computes nothing
+    FORBIDS: dict[str, str] = {}  # capability -> why mathematics forbids it
     scale: float | Tensor  # a factor of the update, where the method has one
     skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
     absent: bool = False  # it was left out of the last forward in training
-    linear: ClassVar[str] = ""  # a tensor in which the update is linear
+    linear = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
+
+    def __init_subclass__(cls, config: type[Any] | None = None, **kwargs: Any) -> None:
+        """An adapter's class; ``config``: the class of configs that ask for it."""
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            config.ADAPTER = cls
 
     def __init__(
         self, config: Any = None, site: Site | None = None, shared: Shared | None = None
@@ -175,7 +181,7 @@ class Adapter(Part):
 
     def rank(self) -> int | None:
         """The rank of the update, where the method has one."""
-        return None
+        return getattr(self, "r", None)
 
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """A, B and what is added to the bias, where the update is B A whatever the weight is."""
@@ -234,9 +240,6 @@ class LowRank(Additive):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
         raise NotImplementedError
-
-    def rank(self) -> int:
-        return self.r
 
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return *self.factors(), None

@@ -30,7 +30,7 @@ class Tied(Adapter):
         super().__init__()
         self.source = (source,)  # in a tuple: referred to, not owned
         self.transposed, self.saved = transposed, saved
-        self.replaces = source.replaces  # type: ignore[misc]
+        self.replaces = source.replaces
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,7 +13,7 @@ from ..engine.site import Site
 from ..files.codec import PREFIX
 from ..model.functional import user_model
 from . import observe
-from .options import EvaConfig, options
+from .options import EvaConfig
 
 Forward = Callable[[nn.Module, Any], Any]
 ModelInputs = Callable[[Any, Any], Any]
@@ -33,7 +33,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
             f"the dataloader gives a {type(model_input).__name__}, not a dictionary with "
             "input_ids; give prepare_model_inputs_fn, a function of your own, or None"
         )
-    ids, wishes = model_input["input_ids"], options(peft_config.eva_config, EvaConfig)
+    ids, wishes = model_input["input_ids"], EvaConfig.of(peft_config.eva_config)
     mask = model_input.get("attention_mask", torch.ones_like(ids)).bool()
     if wishes.use_label_mask and "labels" in model_input:
         mask = mask & (model_input["labels"] != wishes.label_mask_value)

@@ -14,7 +14,7 @@ from ..engine.site import Site
 from ..errors import StateError
 from . import observe
 from .noted import note
-from .options import CordaConfig, options
+from .options import CordaConfig
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # PEFT's names in a cache: (r,), (out, r), (in, r)
 Eigens = tuple[Tensor, Tensor, Tensor]
@@ -38,7 +38,7 @@ def preprocess_corda(
     Raises:
         ValueError: the config has another start, or there are no data.
     """
-    wishes = options(lora_config.corda_config, CordaConfig)
+    wishes = CordaConfig.of(lora_config.corda_config)
     found = observe.sites(model, lora_config, "corda")
     device = next(model.parameters()).device
     cache = observe.recall(wishes.cache_file, device)

@@ -31,7 +31,7 @@ from .batches import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .directions import Survey
-from .options import EvaConfig, options
+from .options import EvaConfig
 
 PASSES = 100  # over the data, after which directions that still turn will not settle
 
@@ -67,7 +67,7 @@ def get_eva_state_dict(
         TrainingError: the directions do not settle.
     """
     layers, config = _layers(model, peft_config, adapter_name)
-    wishes = options(config.eva_config, EvaConfig)
+    wishes = EvaConfig.of(config.eva_config)
     config = replace(config, eva_config=wishes)
     data = Data(
         model, layers, dataloader, config, forward_fn, prepare_model_inputs_fn,
@@ -203,7 +203,7 @@ def _begin(model: nn.Module, name: str, factors: Mapping[str, Tensor]) -> None:
 
 def _redistributed(config: Any, adapted: Mapping[str, LoRA], factors: Mapping[str, Tensor]) -> Any:
     """A config with the ranks of ``factors``."""
-    keep = options(config.eva_config, EvaConfig).adjust_scaling_factors
+    keep = EvaConfig.of(config.eva_config).adjust_scaling_factors
     ranks, alphas, out = {}, {}, []
     for path in adapted:
         here = config.at(path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.site import Site
-from .options import LoftQConfig, options
+from .options import LoftQConfig
 
 # quantiles of N(0, 1), scaled to [-1, 1]: the 4-bit code of QLoRA (arXiv 2305.14314, appendix E)
 NF4 = (
@@ -62,7 +62,7 @@ def taken(adapter: Any, site: Site) -> tuple[Tensor, Tensor]:
 
 def _alternate(adapter: Any, site: Site) -> tuple[Tensor, Tensor, Tensor]:
     """Q (..., out, in), A (..., r, in) and B (..., out, r): Q + B A is near W."""
-    wishes = options(adapter.loftq_config, LoftQConfig)
+    wishes = LoftQConfig.of(adapter.loftq_config)
     w, quantise = site.weight.float(), QUANTISERS[wishes.loftq_bits]
     rest = w
     for _ in range(wishes.loftq_iter):

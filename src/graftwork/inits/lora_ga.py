@@ -16,7 +16,7 @@ from ..errors import StateError
 from . import observe
 from .drawn import seeded
 from .noted import note
-from .options import LoraGAConfig, options
+from .options import LoraGAConfig
 
 KEY = "_peft_loraga_grad"  # behind a layer's path in PEFT's cache
 
@@ -38,7 +38,7 @@ def preprocess_loraga(
     Raises:
         ValueError: the config has another start, or a weight has no gradient.
     """
-    wishes = options(lora_config.lora_ga_config, LoraGAConfig)
+    wishes = LoraGAConfig.of(lora_config.lora_ga_config)
     found = observe.sites(model, lora_config, "lora_ga")
     for site in found.values():
         if not site.raw.is_floating_point():

@@ -2,80 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-from ..config import check_choice, check_rank
+from ..fields import Options, checked, choice, positive, whole
 
-O = TypeVar("O")  # noqa: E741
+
+def _eva_rho(value: float, name: str) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} is below 1: a layer may have rho times its rank")
+
+
+def _eva_tau(value: float, name: str) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} is a cosine between 0 and 1; try tau=0.99")
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Options):
     """EVA: how ranks are given out, and which inputs count."""
 
-    rho: float = 2.0  # a layer gets at most rho r directions
-    tau: float = 0.99  # a direction has converged when its cosine with the last one is above
+    rho: float = checked(2.0, _eva_rho)  # a layer gets at most rho r directions
+    tau: float = checked(0.99, _eva_tau)  # cosine with the last one above which one has converged
     use_label_mask: bool = True  # positions whose label is label_mask_value do not count
     label_mask_value: int = -100  # the label that is none
     whiten: bool = False  # directions are divided by the root of their singular value
     adjust_scaling_factors: bool = True  # lora_alpha follows a changed rank: the scale stays
 
-    def __post_init__(self) -> None:
-        if self.rho < 1:
-            raise ValueError(f"rho={self.rho} is below 1: a layer may have rho times its rank")
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau={self.tau} is a cosine between 0 and 1; try tau=0.99")
-
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Options):
     """CorDA: which directions, and files that spare a second run over the data."""
 
     cache_file: str | None = None  # the start itself, for one rank
     covariance_file: str | None = None  # the inputs' covariances, for any rank
-    corda_method: str = "ipm"  # "ipm": the strongest directions; "kpm": the weakest
+    corda_method: str = choice("ipm", "kpm")  # "ipm": the strongest directions; "kpm": the weakest
     verbose: bool = False  # PEFT's progress bar; nothing is printed
     use_float16_for_covariance: bool = False  # less memory, less exact
     prune_temporary_fields: bool = True  # PEFT's; there are none
 
-    def __post_init__(self) -> None:
-        check_choice(self.corda_method, "corda_method", ("ipm", "kpm"))
-
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Options):
     """LoRA-GA: which of the gradient's directions go to A and to B, and how B is scaled."""
 
-    direction: str = "ArB2r"  # or "A2rBr", "ArBr", "random"
-    scale: str = "stable"  # or "weight_svd", "gd_scale", "unit"
-    stable_gamma: int = 16  # of "stable": B is scaled by out^(1/4) / sqrt(stable_gamma)
-
-    def __post_init__(self) -> None:
-        check_choice(self.direction, "direction", ("ArBr", "A2rBr", "ArB2r", "random"))
-        check_choice(self.scale, "scale", ("stable", "weight_svd", "gd_scale", "unit"))
-        if self.stable_gamma <= 0:
-            raise ValueError(f"stable_gamma={self.stable_gamma} must be positive; try 16")
+    direction: str = choice("ArB2r", "A2rBr", "ArBr", "random")  # which go to A, which to B
+    scale: str = choice("stable", "weight_svd", "gd_scale", "unit")  # how B is scaled
+    stable_gamma: int = positive(16)  # of "stable": by out^(1/4) / sqrt(stable_gamma)
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(Options):
     """LoftQ: the quantiser, and how often it and the SVD take turns."""
 
-    loftq_bits: int = 4  # 4: NF4 in blocks of 64; 8: int8 by rows
-    loftq_iter: int = 1  # turns
-
-    def __post_init__(self) -> None:
-        if self.loftq_bits not in (4, 8):
-            raise ValueError(f"loftq_bits={self.loftq_bits!r} is not known; it is one of [4, 8]")
-        check_rank(self.loftq_iter, "loftq_iter")
-
-
-def options(given: Any, kind: type[O]) -> O:
-    """A config's sub-config, which may be absent, or a dictionary out of a file."""
-    if isinstance(given, kind):
-        return given
-    if given and not isinstance(given, Mapping):
-        raise TypeError(f"a {type(given).__name__} stands where a {kind.__name__} is expected")
-    return kind(**(given or {}))
+    loftq_bits: int = choice(4, 8)  # 4: NF4 in blocks of 64; 8: int8 by rows
+    loftq_iter: int = whole(1)  # turns

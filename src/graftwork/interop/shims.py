@@ -13,10 +13,11 @@ from ..engine.host import Host
 from ..engine.root import Grafted
 from ..methods.lora import LoRA
 from ..methods.tokens import Tokens
-from ..methods.whole import Copy
 from ..model import report
 from ..model.peft_model import PeftModel
+from ..parts.whole import Copy
 from ..table import METHODS
+from ..targets.defaults import IA3_FEEDFORWARD, TARGETS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -205,9 +206,7 @@ def __getattr__(name: str) -> Any:
         )
         method = "LN_TUNING" if method == "LNTUNING" else method
         if method in METHODS:
-            return dict(METHODS[method].config.TARGETS)
+            return dict(TARGETS.get(method, {}))
     if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":
-        from ..methods.defaults import IA3_FEEDFORWARD
-
         return dict(IA3_FEEDFORWARD)
     raise AttributeError(name)

@@ -10,37 +10,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, check_rank
-from ..engine.adapter import Adapter, LowRank
-from ..engine.site import Site
-from . import defaults
+from ..engine import LowRank, Site
+from ..fields import whole
 from .lora_config import LoraConfig
 
 
 @dataclass
-class AdaLoraConfig(LoraConfig):
+class AdaLoraConfig(LoraConfig, method="ADALORA"):
     """The schedule, in optimizer steps: tinit at init_r, then down, then tfinal at target_r."""
 
     rank_pattern: Any = None  # {path + ".lora_E": which triplets are kept}, written by training
-    target_r: int = 8  # average rank at the end
-    init_r: int = 12  # rank at the start
+    target_r: int = whole(8)  # average rank at the end
+    init_r: int = whole(12)  # rank at the start
     tinit: int = 0  # steps before pruning begins
     tfinal: int = 0  # steps after it has ended
     deltaT: int = 1  # noqa: N815 - PEFT's name; steps between two prunings
     beta1: float = 0.85  # smoothing of the importance
     beta2: float = 0.85  # smoothing of its uncertainty
     orth_reg_weight: float = 0.5  # weight of the orthogonality penalty
-    total_step: int | None = None  # optimizer steps of the whole training
+    total_step: int | None = whole(None)  # optimizer steps of the whole training
 
-    METHOD = PeftType.ADALORA
-    PATTERNS: ClassVar[dict[str, str]] = {}
-    TARGETS = defaults.ADALORA
+    PATTERNS = {}
     mask: ClassVar[Any] = None  # the kept triplets at one path, set by `at`
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("init_r", "target_r", "total_step"):
-            check_rank(getattr(self, name), name)
         if self.tinit >= self.end:
             raise ValueError(f"tinit and tfinal leave no step of {self.total_step} for pruning")
         for name in ("use_dora", "lora_bias", "use_rslora", "alpha_pattern"):
@@ -50,9 +44,6 @@ class AdaLoraConfig(LoraConfig):
     @property
     def end(self) -> int:  # the step at which the budget has reached target_r
         return (self.total_step or 0) - self.tfinal
-
-    def adapter(self) -> type[Adapter]:
-        return AdaLoRA
 
     def at(self, path: str, parameter: str = "weight") -> AdaLoraConfig:
         new = replace(super().at(path, parameter))
@@ -88,12 +79,11 @@ class AdaLoraConfig(LoraConfig):
                 a.E.masked_fill_(~a.kept[..., None], 0.0)
 
 
-class AdaLoRA(LowRank):
+class AdaLoRA(LowRank, config=AdaLoraConfig):
     """A = Q (r, in), B = P (out, r), E = e (r, 1); E is zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
+    keys = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
     stacked = True
-    kept: Tensor  # (..., r), which triplets are not masked
 
     def __init__(self, config: AdaLoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -102,7 +92,7 @@ class AdaLoRA(LowRank):
         self.A, self.B, self.E = (nn.Parameter(torch.empty(*site.lead, *n)) for n in shapes)
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.register_buffer("kept", torch.ones(*site.lead, r, dtype=torch.bool), persistent=False)
+        self.kept = nn.Buffer(torch.ones(*site.lead, r, dtype=torch.bool), persistent=False)
 
     def start(self, site: Site) -> None:
         for p, std in (self.A, 0.02), (self.B, 0.02), (self.E, 0.0):

@@ -10,53 +10,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Beneath, Site
+from ..fields import choice, positive, whole
 from .clusters import Clustered, clusters, directions, singular, stop
 
 
 @dataclass
-class AdamssConfig(TargetConfig):
+class AdamssConfig(TargetConfig, method="ADAMSS", peft="save layers"):
     """A small update for each cluster of outputs; with ASA the least important stop training."""
 
-    r: int = 100  # singular vectors
-    num_subspaces: int = 5  # clusters
-    subspace_rank: int = 1  # rank of a cluster's update
-    init_weights: Any = "orthogonal"  # None or False: not the identity at the start
+    r: int = whole(100)  # singular vectors
+    num_subspaces: int = whole(5)  # clusters
+    subspace_rank: int = whole(1)  # rank of a cluster's update
+    init_weights: Any = choice("orthogonal", None, False)  # None: not the identity
     use_asa: bool = False  # adaptive subspace allocation; what follows is its schedule
-    asa_target_subspaces: int = 50  # how many clusters of the whole model train to the end
+    asa_target_subspaces: int = whole(50)  # how many clusters of the whole model train to the end
     init_warmup: int = 50  # the step from which on clusters are stopped
     final_warmup: int = 1000  # the step at which only the target is left
-    mask_interval: int = 100  # steps between two choices
+    mask_interval: int = whole(100)  # steps between two choices
     asa_importance_beta: float = 0.85  # smoothing of the importance
     asa_uncertainty_beta: float = 0.85  # smoothing of its uncertainty
-    asa_schedule_exponent: float = 3.0  # how much sooner than evenly they are stopped
+    asa_schedule_exponent: float = positive(3.0)  # how much sooner than evenly they are stopped
     use_dynamic_rank: bool = False  # a cluster's rank follows its singular values
     svd_threshold: float = 0.1  # of the largest squared one; smaller ones do not count
     random_seed: int = 0  # of the decomposition
 
-    METHOD = PeftType.ADAMSS
-    TARGETS = defaults.ADAMSS
-    BEYOND = beyond("save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.init_weights = self.init_weights or None
-        check_choice(self.init_weights or "orthogonal", "init_weights", ("orthogonal",))
-        for name in ("r", "num_subspaces", "subspace_rank", "mask_interval"):
-            check_rank(getattr(self, name), name)
-        if self.use_asa:
-            check_rank(self.asa_target_subspaces, "asa_target_subspaces")
-            if self.init_warmup >= self.final_warmup or self.asa_schedule_exponent <= 0:
-                raise ValueError(
-                    "use_asa needs init_warmup < final_warmup and asa_schedule_exponent > 0; try 3"
-                )
-
-    def adapter(self) -> type[Adapter]:
-        return AdaMSS
+        if self.use_asa and self.init_warmup >= self.final_warmup:
+            raise ValueError("use_asa needs init_warmup < final_warmup")
 
     def has_schedule(self) -> bool:
         return self.use_asa
@@ -75,20 +59,18 @@ class AdamssConfig(TargetConfig):
             a.rest()
 
 
-class AdaMSS(Clustered):
+class AdaMSS(Clustered, config=AdamssConfig):
     """A_i (k_i, r) and B_i (outputs, k_i), zero at the start; of stacked weights, all the rows."""
 
     stacked = True
-    V: Tensor  # (r, in), and a column for the bias
-    place: Tensor  # where an output is among those of the clusters
 
     def __init__(self, config: AdamssConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         u, v = singular(site, config.r, config.random_seed)
-        self.register_buffer("V", v)
+        self.V = nn.Buffer(v)
         rows = clusters(u, config.num_subspaces)
-        self.register_buffer("place", torch.cat(rows).argsort(), persistent=False)
-        self.register_buffer("trains", torch.ones(len(rows), dtype=torch.bool), persistent=False)
+        self.place = nn.Buffer(torch.cat(rows).argsort(), persistent=False)
+        self.trains = nn.Buffer(torch.ones(len(rows), dtype=torch.bool), persistent=False)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         least = config.svd_threshold if config.use_dynamic_rank else -1
         for mine in rows:  # the shapes follow from the weight, so A is found here too
@@ -96,7 +78,7 @@ class AdaMSS(Clustered):
             self.B.append(nn.Parameter(torch.zeros(len(mine), len(self.A[-1]))))
         self.inputs, self.random = site.shape[1], config.init_weights is None
         self.sizes, self.r = (*site.lead, site.shape[0]), min(sum(map(len, self.A)), *site.shape)
-        self.keys = {"V": "adamss_newB"} | {n: f"adamss_{n}" for n, _ in self.named_parameters()}  # type: ignore[misc]
+        self.keys = {"V": "adamss_newB"} | {n: f"adamss_{n}" for n, _ in self.named_parameters()}
 
     def start(self, site: Site) -> None:
         for b in self.B:

@@ -5,15 +5,13 @@ that what was computed there can be used again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
+from ..engine import Adapter, Beneath, Embedding, Site
 from ..engine.rows import tensors_in
-from ..engine.site import Embedding, Site
 from ..errors import StateError
 from .lora import LoRA
 from .lora_config import LoraConfig
@@ -24,7 +22,7 @@ FAR = 2**31  # beyond every position
 class ALoRA(LoRA):
     """LoRA with a mask over positions."""
 
-    FORBIDS: ClassVar[dict[str, str]] = {
+    FORBIDS = {
         "merge": "it acts on some positions of a row, which depend on the row's tokens",
         "layers": "it acts on single positions of a row, which such a layer mixes or does not show",
     }

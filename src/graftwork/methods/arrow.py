@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
+from ..engine import Adapter, Beneath, Site
 from ..errors import StateError
 from .lora import LoRA
 from .lora_config import LoraConfig
@@ -25,8 +23,7 @@ ROUNDS = 15  # of the power iteration
 class Arrow(Adapter):
     """p (adapters, in); has no tensors that train, and reads those of the other adapters."""
 
-    FORBIDS: ClassVar[dict[str, str]] = {"merge": "every token goes through adapters of its own"}
-    p: Tensor
+    FORBIDS = {"merge": "every token goes through adapters of its own"}
 
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -41,7 +38,7 @@ class Arrow(Adapter):
             raise ValueError("arrow_config names no adapters; use create_arrow_model")
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         p = torch.zeros(len(self.names), site.shape[1])
-        self.register_buffer("p", p, persistent=False)
+        self.p = nn.Buffer(p, persistent=False)
 
     def derive(self, site: Site) -> None:
         seed, drawn = self.options.rng_seed, None

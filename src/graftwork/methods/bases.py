@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..engine.adapter import Shared
+from ..engine import Shared
 from ..inits.drawn import generator
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Bases(Shared):
     """A (r, 1, smaller side) and B (larger side, bases, r), each of unit variance."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "randlora_A", "B": "randlora_B"}
+    keys = {"A": "randlora_A", "B": "randlora_B"}
     A: Tensor
     B: Tensor
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..engine.site import Embedding, Site
+from ..engine import Embedding, Site
 from .lora import LoRA, fixed_rank
 from .lora_config import LoraConfig
 

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Embedding, ParameterSite, Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Embedding, Site
+from ..engine.site import ParameterSite
 
 
 @dataclass
-class BeftConfig(TargetConfig):
+class BeftConfig(TargetConfig, method="BEFT", peft="save"):
     """A bias for each adapted layer, of the values by default."""
 
     init_weights: bool = True  # False: not zero at the start
 
-    METHOD = PeftType.BEFT
-    TARGETS = defaults.BEFT
-    BEYOND = beyond("save")
 
-    def adapter(self) -> type[Adapter]:
-        return BEFT
-
-
-class BEFT(Adapter):
+class BEFT(Adapter, config=BeftConfig):
     """v (1, out), zero at the start: a bias, or added to every row of an embedding."""
 
-    keys: ClassVar[dict[str, str]] = {"bias": "beft_bias", "row": "beft_bias"}
+    keys = {"bias": "beft_bias", "row": "beft_bias"}
     stacked = True
-    FORBIDS: ClassVar[dict[str, str]] = {
+    FORBIDS = {
         "parameters": "no bias can be added to what a module's own code computes with a parameter"
     }
     bias: nn.Parameter | None

@@ -5,24 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TargetConfig, beyond
-from ..engine.adapter import Adapter, Shared
-from ..engine.host import Host
+from ..config import TargetConfig
+from ..engine import Adapter, Host, Shared
 from ..engine.site import ParameterSite, kind_of
 from ..errors import TargetError
+from ..parts.whole import Bias, Whole
 from ..targets.offer import Offer, Target, leaf
-from .whole import Bias, Whole
 
 
 @dataclass
-class BitFitConfig(TargetConfig):
+class BitFitConfig(TargetConfig, method="BITFIT", peft=""):
     """The biases of the layers and norms that ``target_modules`` names; by default all."""
-
-    METHOD = "BITFIT"
-    BEYOND = beyond("")
-
-    def adapter(self) -> type[Adapter]:
-        return Bias
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         module = offer.modules[path]

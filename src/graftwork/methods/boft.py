@@ -4,46 +4,34 @@ blocks of inputs that are twice as far apart as those of the one before."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Site
+from ..fields import probability, whole
 from .rotation import Rotation, cayley, left_out, times_blocks
 
 
 @dataclass
-class BOFTConfig(TargetConfig):
+class BOFTConfig(TargetConfig, method="BOFT", peft="exclude fan bias save layers"):
     """Give ``boft_block_size`` or ``boft_block_num``, the other one 0."""
 
     boft_block_size: int = 4  # inputs a block
     boft_block_num: int = 0  # number of blocks
-    boft_n_butterfly_factor: int = 1  # number of factors; PEFT without its CUDA extension takes 1
-    boft_dropout: float = 0.0  # probability that a block is left out in training
+    boft_n_butterfly_factor: int = whole(1)  # factors; PEFT without its CUDA extension takes 1
+    boft_dropout: float = probability(0.0)  # probability that a block is left out in training
     init_weights: bool = True  # False: not the identity at the start
-
-    METHOD = PeftType.BOFT
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude fan bias save layers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self.boft_dropout, "boft_dropout")
-        check_rank(self.boft_n_butterfly_factor, "boft_n_butterfly_factor")
         size, number = self.boft_block_size, self.boft_block_num
         if min(size, number) != 0 or max(size, number) <= 0:
             raise ValueError(
                 f"boft_block_num={number} blocks times boft_block_size={size} are a layer's "
                 "inputs: give one of the two and set the other to 0"
             )
-
-    def adapter(self) -> type[Adapter]:
-        return BOFT
 
     def blocks(self, n: int, where: str) -> tuple[int, int]:
         """How many blocks of which size there are at a layer with n inputs."""
@@ -62,10 +50,10 @@ class BOFTConfig(TargetConfig):
         return number, size
 
 
-class BOFT(Rotation):
+class BOFT(Rotation, config=BOFTConfig):
     """R (factors, blocks, k, k), of which the skew part counts; s scales the outputs."""
 
-    keys: ClassVar[dict[str, str]] = {"R": "boft_R", "s": "boft_s"}
+    keys = {"R": "boft_R", "s": "boft_s"}
 
     def __init__(self, config: BOFTConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

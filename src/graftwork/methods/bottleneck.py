@@ -6,19 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter, Shared
-from ..engine.host import Beneath, Host
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Host, Shared
 from ..engine.site import ParameterSite, Standing, kind_of
 from ..errors import TargetError
+from ..fields import choice, probability, whole
+from ..targets.defaults import BOTTLENECK
 from ..targets.offer import Offer, Target
-from . import defaults
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh,
@@ -26,7 +26,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class BottleneckConfig(TargetConfig):
+class BottleneckConfig(TargetConfig, method="BOTTLENECK", peft="exclude save layers"):
     """Small networks behind, or in parallel to, layers or whole modules.
 
     Args:
@@ -34,31 +34,17 @@ class BottleneckConfig(TargetConfig):
             "parallel": beside what target_modules names.
     """
 
-    kind: str = "houlsby"
-    reduction_factor: int = 16  # the bottleneck has the input's width divided by it
-    non_linearity: str = "relu"  # relu, gelu, silu or tanh
+    kind: str = choice("houlsby", "pfeiffer", "parallel")
+    reduction_factor: int = whole(16)  # the bottleneck has the input's width divided by it
+    non_linearity: str = choice(*FUNCTIONS)  # between the two matrices
     scaling: float = 1.0  # s
-    adapter_dropout: float = 0.0  # probability, on the input, in training
-
-    METHOD = "BOTTLENECK"
-    TARGETS = defaults.BOTTLENECK
-    BEYOND = beyond("exclude save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.kind, "kind", ("houlsby", "pfeiffer", "parallel"))
-        check_choice(self.non_linearity, "non_linearity", list(FUNCTIONS))
-        check_rank(self.reduction_factor, "reduction_factor")
-        check_probability(self.adapter_dropout, "adapter_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return Bottleneck
+    adapter_dropout: float = probability(0.0)  # probability, on the input, in training
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         return offer.targets(path) or [Target(path, offer.modules[path])]
 
     def usual(self, offer: Offer) -> Any:
-        known = self.TARGETS.get(offer.model_type)
+        known = BOTTLENECK.get(offer.model_type)
         if known is None or self.kind == "parallel":
             raise TargetError(
                 f"it is not known where bottlenecks of the kind {self.kind!r} go in a "
@@ -85,15 +71,15 @@ def widths(host: Host) -> tuple[int, int, bool]:
     return sites[0].in_channels, sites[-1].shape[0], bool(sites[0].ones)
 
 
-class Bottleneck(Adapter):
+class Bottleneck(Adapter, config=BottleneckConfig):
     """D (k, width), U (out, k) with biases d (k,) and u (out,); U and u are zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "D": "adapter_down.weight", "d": "adapter_down.bias",
         "U": "adapter_up.weight", "u": "adapter_up.bias",
     }  # fmt: skip
-    beside: ClassVar[bool] = True
-    FORBIDS: ClassVar[dict[str, str]] = {
+    beside = True
+    FORBIDS = {
         "merge": "a nonlinearity stands between its two matrices, so no weight does the same"
     }
 

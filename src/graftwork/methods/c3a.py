@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter, Additive
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Additive, Site
+from ..fields import choice, whole
 
-STARTS = ("gaussian", "kaiming_uniform", "xavier_uniform")
+STARTS = ("xavier_uniform", "gaussian", "kaiming_uniform")
 
 
 @dataclass
-class C3AConfig(TargetConfig):
+class C3AConfig(TargetConfig, method="C3A", peft="bias save layers"):
     """Circular convolutions of blocks of the input: full rank from out in / b numbers."""
 
-    block_size: int = 256  # b; must divide a layer's inputs and outputs
+    block_size: int = whole(256)  # b; must divide a layer's inputs and outputs
     block_size_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: b there}
-    init_weights: Any = "xavier_uniform"  # True: zero; False is "xavier_uniform"
+    init_weights: Any = choice(*STARTS, True, False)  # True: zero; False: "xavier_uniform"
 
-    METHOD = PeftType.C3A
-    PATTERNS: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
-    TARGETS = defaults.C_PROJ
-    BEYOND = beyond("bias save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.block_size, "block_size")
-        if not isinstance(self.init_weights, bool):
-            check_choice(self.init_weights, "init_weights", STARTS)
-
-    def adapter(self) -> type[Adapter]:
-        return C3A
+    PATTERNS = {"block_size_pattern": "block_size"}
 
 
-class C3A(Additive):
+class C3A(Additive, config=C3AConfig):
     """k (out / b, in / b, b), the first row of each block."""
 
-    keys: ClassVar[dict[str, str]] = {"k": "c3a_kernel"}
+    keys = {"k": "c3a_kernel"}
 
     def __init__(self, config: C3AConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

@@ -8,8 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import LowRank
-from ..engine.site import Site
+from ..engine import LowRank, Site
 
 
 def singular(site: Site, r: int, seed: int) -> tuple[Tensor, Tensor]:

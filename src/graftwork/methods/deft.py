@@ -4,48 +4,32 @@ along Q, and R comes in its place; Q = P and N = relu(P), or both an orthonormal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Site
+from ..fields import choice, probability, whole
 
 
 @dataclass
-class DeftConfig(TargetConfig):
+class DeftConfig(TargetConfig, method="DEFT", peft="exclude fan bias save layers"):
     """A subspace of the outputs, taken out and learned anew."""
 
-    r: int = 8  # dimension of the subspace
-    decomposition_method: str = "relu"  # what P stands for; "qr": an orthonormal basis
+    r: int = whole(8)  # dimension of the subspace
+    decomposition_method: str = choice("relu", "qr")  # of P; "qr": an orthonormal basis
     init_scale: float = 1.0  # of R, where it starts at random
     alpha: int | None = None  # R is scaled by alpha / r; None: by 1
     para: bool = False  # without R: the subspace is only taken out (PaRa)
-    deft_dropout: float = 0.0  # probability, on the input of R, in training
+    deft_dropout: float = probability(0.0)  # probability, on the input of R, in training
     init_weights: bool = True  # False: R starts at random, which is not the identity
 
-    METHOD = PeftType.DEFT
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude fan bias save layers")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_choice(self.decomposition_method, "decomposition_method", ("relu", "qr"))
-        check_probability(self.deft_dropout, "deft_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return DEFT
-
-
-class DEFT(Adapter):
+class DEFT(Adapter, config=DeftConfig):
     """P (out, r) and R (r, in), which starts at N'W / s."""
 
-    keys: ClassVar[dict[str, str]] = {"P": "deft_P", "R": "deft_R"}
+    keys = {"P": "deft_P", "R": "deft_R"}
     R: nn.Parameter | None
 
     def __init__(self, config: DeftConfig, site: Site, shared: None = None) -> None:
@@ -87,6 +71,3 @@ class DEFT(Adapter):
             return y
         x = self.dropout(x) if x.is_floating_point() else x
         return y + site.low_rank(x, self.scale * self.R, q)
-
-    def rank(self) -> int:
-        return self.r

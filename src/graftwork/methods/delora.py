@@ -4,57 +4,44 @@ of W's columns: direction and strength apart."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import LowRank, Site
+from ..fields import probability, whole
 
 
 @dataclass
-class DeloraConfig(TargetConfig):
+class DeloraConfig(TargetConfig, method="DELORA", peft="exclude bias layers save"):
     """A low-rank update of unit directions, as strong as one learned number says."""
 
-    r: int = 8  # rank
+    r: int = whole(8)  # rank
     delora_lambda: float = 15  # starting value of l
-    module_dropout: float = 0.0  # probability, on the update's input, in training, as PEFT does it
+    module_dropout: float = probability(0.0)  # probability, on the update's input, in training
     init_weights: bool = True  # False: the update does not start at zero
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     lambda_pattern: Any = field(default_factory=dict)  # the same for delora_lambda
 
-    METHOD = PeftType.DELORA
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude bias layers save")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.module_dropout, "module_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return DeLoRA
+    PATTERNS = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
 
 
-class DeLoRA(LowRank):
+class DeLoRA(LowRank, config=DeloraConfig):
     """A (..., r, in), B (..., out, r), l (..., 1), n (..., in); B is zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "A": "delora_A", "B": "delora_B", "l": "delora_lambda", "n": "delora_w_norm",
     }  # fmt: skip
     stacked = True
-    n: Tensor
 
     def __init__(self, config: DeloraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         (out, in_), self.r = site.shape, config.r
         shapes = (self.r, in_), (out, self.r), (1,)
         self.A, self.B, self.l = (nn.Parameter(torch.empty(*site.lead, *n)) for n in shapes)
-        self.register_buffer("n", torch.ones(*site.lead, in_))
+        self.n = nn.Buffer(torch.ones(*site.lead, in_))
         self.initial, self.zero = config.delora_lambda, config.init_weights
         self.dropout = nn.Dropout(config.module_dropout)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
+from ..engine import Adapter, Beneath, Site
 from .lora import LoRA
 from .lora_config import LoraConfig
 
@@ -19,7 +17,7 @@ class DoRA(LoRA):
         super().__init__(config, site)
         if config.lora_bias or config.ensure_weight_tying:
             raise ValueError("DoRA has no lora_bias or ensure_weight_tying; leave those out")
-        self.keys = {**self.keys, "m": "lora_magnitude_vector"}  # type: ignore[misc]
+        self.keys = {**self.keys, "m": "lora_magnitude_vector"}
         self.m = nn.Parameter(torch.empty(site.channel_shape()))
 
     def start(self, site: Site) -> None:

@@ -5,55 +5,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability
-from ..engine.adapter import Adapter, Additive, Shared
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Additive, Shared, Site
 from ..errors import warn
-from . import defaults
+from ..fields import probability
 from .joint import Bases, category
 
 
 @dataclass
-class FrodConfig(TargetConfig):
+class FrodConfig(TargetConfig, method="FROD", peft="fan bias save layers"):
     """Coordinates in a basis that layers share: a full-rank update with few numbers."""
 
     projection_prng_key: int = 0  # seed of the places of S
     save_projection: bool = True  # False: a reader finds V and the places of S again
-    frod_dropout: float = 0.0  # probability, on the input, in training
+    frod_dropout: float = probability(0.0)  # probability, on the input, in training
     init_weights: bool = True  # False: not the identity at the start
     sparse_rate: float = 0.01  # the part of S that is not zero
     regularization_alpha: float = 1e-3  # ridge in finding V
     progressbar: bool = True  # PEFT's; there is none here
     runtime_offload_base_weight: bool = False  # PEFT's; the base weight is used here
 
-    METHOD = PeftType.FROD
-    TARGETS = defaults.FROD
-    BEYOND = beyond("fan bias save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self.frod_dropout, "frod_dropout")
         if not 0 <= self.sparse_rate <= 1:
             raise ValueError(f"sparse_rate={self.sparse_rate} must be from 0 to 1; try 0.01")
         if self.runtime_offload_base_weight:
             warn("runtime_offload_base_weight has no effect: the update is added to the base")
 
-    def adapter(self) -> type[Adapter]:
-        return FRoD
-
     def share(self, sites: Sequence[Site]) -> Shared:
         return Bases(self, sites)
 
 
-class FRoD(Additive):
+class FRoD(Additive, config=FrodConfig):
     """l (in,), l0 at the start, and the entries s of S, zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"l": "frod_lambda_l", "s": "frod_lambda_s_values"}
+    keys = {"l": "frod_lambda_l", "s": "frod_lambda_s_values"}
     stacked = True
 
     def __init__(self, config: FrodConfig, site: Site, shared: Bases) -> None:

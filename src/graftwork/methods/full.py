@@ -5,24 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TargetConfig, beyond
-from ..engine.adapter import Adapter, Shared
-from ..engine.host import Host
+from ..config import TargetConfig
+from ..engine import Adapter, Host, Shared
+from ..parts.whole import whole
 from ..targets.offer import Offer, Target
-from .whole import Copy, whole
 
 
 @dataclass
-class FullConfig(TargetConfig):
+class FullConfig(TargetConfig, method="FULL", peft=""):
     """Whole modules; by default all of the model, each module with parameters of its own."""
 
     ensure_weight_tying: bool | None = None  # None: a trained weight acts wherever it is tied
-
-    METHOD = "FULL"
-    BEYOND = beyond("")
-
-    def adapter(self) -> type[Adapter]:
-        return Copy
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         return [Target(path, offer.modules[path])]

@@ -9,38 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Adapter, Site
 from ..errors import warn
-from . import defaults
+from ..fields import choice, whole
 
 
 @dataclass
-class GloraConfig(TargetConfig):
+class GloraConfig(TargetConfig, method="GLORA", peft="bias save"):
     """What each of the five terms is; those of the bias are left out where a layer has none."""
 
-    r: int = 8  # rank of the terms that are "lora"
-    config_A_B: str = "lora"  # noqa: N815 - PEFT's name; or "vector", "constant", "none"
-    config_C: str = "lora"  # noqa: N815 - or "vector", "none"
-    config_D_E: str = "constant"  # noqa: N815 - or "vector", "none"
+    r: int = whole(8)  # rank of the terms that are "lora"
+    config_A_B: str = choice("lora", "vector", "constant", "none")  # noqa: N815 - PEFT's name; A, B
+    config_C: str = choice("lora", "vector", "none")  # noqa: N815 - PEFT's name; C
+    config_D_E: str = choice("constant", "vector", "none")  # noqa: N815 - PEFT's name; D, E
     init_weights: bool = True  # False: not the identity at the start
-
-    METHOD = PeftType.GLORA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("bias save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_choice(self.config_A_B, "config_A_B", ("lora", "vector", "constant", "none"))
-        check_choice(self.config_C, "config_C", ("lora", "vector", "none"))
-        check_choice(self.config_D_E, "config_D_E", ("vector", "constant", "none"))
         if self.config_A_B == self.config_C == self.config_D_E == "none":
             raise ValueError('all terms are "none", so nothing trains; try config_A_B="lora"')
-
-    def adapter(self) -> type[Adapter]:
-        return GLoRA
 
     def kinds(self, site: Site) -> dict[str, str]:
         """What each term is at a layer."""
@@ -50,7 +38,7 @@ class GloraConfig(TargetConfig):
         return {**dict.fromkeys("AB", self.config_A_B), "C": c, **dict.fromkeys("DE", d)}
 
 
-class GLoRA(Adapter):
+class GLoRA(Adapter, config=GloraConfig):
     """A and B (out, in), C (in, 1), D and E (out,), or what broadcasts to that; A = Ad Au, ..."""
 
     def __init__(self, config: GloraConfig, site: Site, shared: None = None) -> None:
@@ -58,7 +46,7 @@ class GLoRA(Adapter):
         (out, in_), r = site.shape, config.r
         self.kinds, self.random = config.kinds(site), not config.init_weights
         self.zeros: dict[str, tuple[int, ...]] = {}  # PEFT saves zeros for a term that is left out
-        self.keys = {}  # type: ignore[misc]
+        self.keys = {}
         for term, columns in {"A": [in_], "B": [in_], "C": [1], "D": [], "E": []}.items():
             rows, kind = in_ if term == "C" else out, self.kinds[term]
             if kind == "none":

@@ -4,52 +4,38 @@ D[o, i] = (A[i, o] B[o, i])', A[i, o] (in / k, r / k), B[o, i] (r / k, out / k).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, Additive
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Additive, Site
+from ..fields import probability, whole
 
 
 @dataclass
-class GraloraConfig(TargetConfig):
+class GraloraConfig(TargetConfig, method="GRALORA", peft="fan bias save layers"):
     """A low-rank update for each block of the weight: rank up to k r from LoRA's numbers."""
 
-    r: int = 32  # numbers per input and output; each block has rank r / k
-    hybrid_r: int = 0  # rank of a LoRA beside it
+    r: int = whole(32)  # numbers per input and output; each block has rank r / k
+    hybrid_r: int = whole(0)  # rank of a LoRA beside it
     alpha: int = 64  # the update is scaled by alpha / (r + hybrid_r)
-    gralora_dropout: float = 0.0  # probability, on the input, in training
-    gralora_k: int = 2  # k; must divide r and a layer's inputs and outputs
+    gralora_dropout: float = probability(0.0)  # probability, on the input, in training
+    gralora_k: int = whole(2)  # k; must divide r and a layer's inputs and outputs
     init_weights: bool = True  # False: the update does not start at zero
-
-    METHOD = PeftType.GRALORA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("fan bias save layers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_rank(self.gralora_k, "gralora_k")
-        check_probability(self.gralora_dropout, "gralora_dropout")
-        if self.hybrid_r:
-            check_rank(self.hybrid_r, "hybrid_r")
         if self.r % self.gralora_k:
             near = self.gralora_k * max(1, round(self.r / self.gralora_k))
             raise ValueError(f"gralora_k={self.gralora_k} does not divide r={self.r}; try r={near}")
 
-    def adapter(self) -> type[Adapter]:
-        return GraLoRA
 
-
-class GraLoRA(Additive):
+class GraLoRA(Additive, config=GraloraConfig):
     """A (k, in / k, r), B (k, r, out / k), Ag (hybrid_r, in), Bg (out, hybrid_r); A's r columns are
     by output block, B's r rows by input block. B and Bg are zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "A": "gralora_A", "Ag": "gralora_A_general.weight",
         "B": "gralora_B", "Bg": "gralora_B_general.weight",
     }  # fmt: skip

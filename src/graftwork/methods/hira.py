@@ -3,48 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Embedding, Site, as_factors
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Embedding, Site
+from ..engine.site import as_factors
+from ..fields import choice, probability, whole
 from ..inits import plain
-from . import defaults
 
 
 @dataclass
-class HiraConfig(TargetConfig):
+class HiraConfig(TargetConfig, method="HIRA", peft="exclude fan layers save"):
     """The weight, entry by entry, times a low-rank matrix: a high-rank update."""
 
-    r: int = 32  # rank of the matrix
-    hira_dropout: float = 0.0  # probability, on the update's input, in training
-    init_weights: Any = True  # "gaussian": A is N(0, 1/r^2); False: not zero at the start
+    r: int = whole(32)  # rank of the matrix
+    hira_dropout: float = probability(0.0)  # probability, on the update's input, in training
+    init_weights: Any = choice(True, False, "gaussian")  # "gaussian": A is N(0, 1/r^2)
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
 
-    METHOD = PeftType.HIRA
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude fan layers save")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.hira_dropout, "hira_dropout")
-        if not isinstance(self.init_weights, bool):
-            check_choice(self.init_weights, "init_weights", ("gaussian",))
-
-    def adapter(self) -> type[Adapter]:
-        return HiRA
+    PATTERNS = {"rank_pattern": "r"}
 
 
-class HiRA(Adapter):
+class HiRA(Adapter, config=HiraConfig):
     """A and B in the shapes of LoRA's; B is zero at the start, at an embedding A is."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "hira_A", "B": "hira_B"}
+    keys = {"A": "hira_A", "B": "hira_B"}
     stacked = True
 
     def __init__(self, config: HiraConfig, site: Site, shared: None = None) -> None:
@@ -53,7 +39,7 @@ class HiRA(Adapter):
         self.r, self.lead, self.start_name = config.r, site.lead, config.init_weights
         self.dropout = nn.Dropout(config.hira_dropout)
         if isinstance(site, Embedding):
-            self.keys = {"A": "hira_embedding_A", "B": "hira_embedding_B"}  # type: ignore[misc]
+            self.keys = {"A": "hira_embedding_A", "B": "hira_embedding_B"}
 
     def start(self, site: Site) -> None:
         draw = plain.gaussian if self.start_name == "gaussian" else plain.kaiming
@@ -75,3 +61,6 @@ class HiRA(Adapter):
             return super().forward(x, layer)  # one product instead of two
         update = self.update(layer.weights()[0])
         return layer(x) + layer.site.apply(self.dropout(x) if drop else x, update)
+
+    def rank(self) -> None:
+        return None  # r bounds the rank of B A, not that of W * (B A)

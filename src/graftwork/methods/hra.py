@@ -7,43 +7,30 @@ of its diagonal; with Gram-Schmidt, U = Q R, it is I - 2 Q Q'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_rank
-from ..engine.adapter import Adapter
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Site
 from ..errors import warn
-from . import defaults
+from ..fields import whole
 from .rotation import Rotation
 
 
 @dataclass
-class HRAConfig(TargetConfig):
+class HRAConfig(TargetConfig, method="HRA", peft="exclude bias save layers"):
     """A chain of r reflections of the inputs."""
 
-    r: int = 8  # number of reflections; even, so that the chain can start as the identity
+    r: int = whole(8)  # number of reflections; even, so that the chain can start as the identity
     apply_GS: bool = False  # noqa: N815 - PEFT's name; directions made orthogonal first
     init_weights: bool = True  # False: not the identity at the start
 
-    METHOD = PeftType.HRA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude bias save layers")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-
-    def adapter(self) -> type[Adapter]:
-        return HRA
-
-
-class HRA(Rotation):
+class HRA(Rotation, config=HRAConfig):
     """u (in, r); at the start two equal columns side by side, whose reflections cancel."""
 
-    keys: ClassVar[dict[str, str]] = {"u": "hra_u"}
+    keys = {"u": "hra_u"}
 
     def __init__(self, config: HRAConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

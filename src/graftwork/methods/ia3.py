@@ -4,41 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, pattern_matches
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig, pattern_matches
+from ..engine import Adapter, Beneath, Site
+from ..targets.defaults import IA3_FEEDFORWARD
 
 
 @dataclass
-class IA3Config(TargetConfig):
+class IA3Config(TargetConfig, method="IA3", peft="exclude fan save"):
     """Learned gains, of the outputs; of the inputs in ``feedforward_modules``."""
 
     feedforward_modules: Any = None  # names or a regex, of some of the target layers
     init_ia3_weights: bool = True  # False: random gains
 
-    METHOD = PeftType.IA3
-    TARGETS = defaults.IA3
     SUBSETS = ("feedforward_modules",)
-    BEYOND = beyond("exclude fan save")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.feedforward_modules, (list, tuple)):
             self.feedforward_modules = set(self.feedforward_modules)
 
-    def adapter(self) -> type[Adapter]:
-        return IA3
-
     def settle(self, model_type: str, paths: Sequence[str]) -> None:
         if self.feedforward_modules is None:
-            known = defaults.IA3_FEEDFORWARD.get(model_type, [])
+            known = IA3_FEEDFORWARD.get(model_type, [])
             self.feedforward_modules = {n for n in known if any(self.means(n, p) for p in paths)}
 
     def means(self, entry: str, path: str) -> bool:
@@ -52,17 +44,17 @@ class IA3Config(TargetConfig):
         return any(self.means(n, path) for n in ([names] if isinstance(names, str) else names))
 
 
-class IA3(Adapter):
+class IA3(Adapter, config=IA3Config):
     """One gain per output channel, or per input channel."""
 
-    keys: ClassVar[dict[str, str]] = {"l": "ia3_l"}
-    index: Tensor | None  # which input channel an entry of W reads, where it is not its column
+    keys = {"l": "ia3_l"}
 
     def __init__(self, config: IA3Config, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.feedforward = config.feeds_forward(site.path)
         self.random = not config.init_ia3_weights
-        self.register_buffer("index", site.input_channel(), persistent=False)
+        index = site.input_channel()  # which channel an entry of W reads, where not its column
+        self.index = None if index is None else nn.Buffer(index, persistent=False)
         n = site.in_channels if self.feedforward else site.shape[0]
         linear = (1, n) if self.feedforward else (n, 1)
         self.l = nn.Parameter(torch.empty((1, n, *site.ones) if site.ones else linear))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..engine.adapter import Shared
-from ..engine.site import Site
+from ..engine import Shared, Site
 from ..inits.drawn import generator
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ class Bases(Shared):
 
     def __init__(self, config: FrodConfig, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.keys: dict[str, str] = {}  # type: ignore[misc]
+        self.keys: dict[str, str] = {}
         self.layers: dict[str, list[str]] = {}  # the names of each category
         members: dict[str, dict[int, Site]] = {}
         for i, site in enumerate(sites):

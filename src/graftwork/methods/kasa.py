@@ -5,12 +5,12 @@ singular directions of W; training is told to keep A and B orthogonal and d smal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.site import Site, as_factors
+from ..engine import Site
+from ..engine.site import as_factors
 from .lora import LINEAR_KEYS, LoRA, fixed_rank
 from .lora_config import LoraConfig
 
@@ -22,10 +22,8 @@ class KaSA(LoRA):
     the adapter the layer is the base layer (in PEFT it stays changed).
     """
 
-    keys: ClassVar[dict[str, str]] = {**LINEAR_KEYS, "d": "lora_diag"}
+    keys = {**LINEAR_KEYS, "d": "lora_diag"}
     stacked = False
-    lost_a: Tensor  # V_r' (r, in)
-    lost_b: Tensor  # U_r S_r (out, r)
     pad = fixed_rank
 
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
@@ -35,10 +33,10 @@ class KaSA(LoRA):
                 f"r={self.r} leaves nothing of the {min(site.shape)} singular directions of "
                 f"{site.path} {site.describe()}; use r<{min(site.shape)} there (rank_pattern)"
             )
-        self.keys = {**self.keys, "d": "lora_diag"}  # type: ignore[misc]
+        self.keys = {**self.keys, "d": "lora_diag"}
         self.d = nn.Parameter(torch.empty(self.r))
-        self.register_buffer("lost_a", torch.zeros(self.r, site.shape[1]), persistent=False)
-        self.register_buffer("lost_b", torch.zeros(site.shape[0], self.r), persistent=False)
+        self.lost_a = nn.Buffer(torch.zeros(self.r, site.shape[1]), persistent=False)
+        self.lost_b = nn.Buffer(torch.zeros(site.shape[0], self.r), persistent=False)
 
     def start(self, site: Site) -> None:
         super().start(site)

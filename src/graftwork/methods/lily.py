@@ -6,39 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_rank
-from ..engine.adapter import Adapter, Shared
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Shared, Site
+from ..fields import whole
 
 
 @dataclass
-class LilyConfig(TargetConfig):
+class LilyConfig(TargetConfig, method="LILY", peft="exclude save layers"):
     """Low-rank experts shared across layers, mixed by what a layer sees."""
 
-    r: int = 32  # rank
-    stride_A: int = 1  # noqa: N815 - PEFT's name; so many neighbouring layers share A
-    num_B: int = 2  # noqa: N815 - PEFT's name; experts
+    r: int = whole(32)  # rank
+    stride_A: int = whole(1)  # noqa: N815 - PEFT's name; so many neighbouring layers share A
+    num_B: int = whole(2)  # noqa: N815 - PEFT's name; experts
     scaling: float = 1.0  # s
     init_weights: bool = True  # False: the update does not start at zero
-
-    METHOD = PeftType.LILY
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("r", "stride_A", "num_B"):
-            check_rank(getattr(self, name), name)
-
-    def adapter(self) -> type[Adapter]:
-        return Lily
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Experts(self, sites)
@@ -85,12 +71,10 @@ class Experts(Shared):
         """Nothing: the layers take the values."""
 
 
-class Lily(Adapter):
+class Lily(Adapter, config=LilyConfig):
     """The router R (experts, r) of one layer; A and B are shared."""
 
-    FORBIDS: ClassVar[dict[str, str]] = {
-        "merge": "its mixture of experts depends on the input, so no weight does the same"
-    }
+    FORBIDS = {"merge": "its mixture of experts depends on the input, so no weight does the same"}
 
     def __init__(self, config: LilyConfig, site: Site, shared: Experts) -> None:
         super().__init__(config, site, shared)
@@ -123,6 +107,3 @@ class Lily(Adapter):
         a, b = self.shared.A[self.place[0]], self.shared.B[self.place[1]]
         mean = b.reshape(-1, self.r, b.shape[1]).mean(0)
         return float(self.scale * (mean.mT @ a).norm())
-
-    def rank(self) -> int:
-        return self.r

@@ -4,49 +4,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, Additive
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Additive, Site
+from ..fields import probability, whole
 
 
 @dataclass
-class LoHaConfig(TargetConfig):
+class LoHaConfig(TargetConfig, method="LOHA", peft="exclude layers save"):
     """A Hadamard product of two low-rank matrices: rank up to r^2."""
 
-    r: int = 8  # rank of each of the two
+    r: int = whole(8)  # rank of each of the two
     alpha: float = 8  # the update is scaled by alpha / r
-    rank_dropout: float = 0.0  # probability that a row of the update is left out in training
-    module_dropout: float = 0.0  # probability that the adapter is left out in training
+    rank_dropout: float = probability(0.0)  # probability that a row is left out in training
+    module_dropout: float = probability(0.0)  # probability that the adapter is left out in training
     use_effective_conv2d: bool = False  # the Tucker form at kernels larger than one
     init_weights: bool = True  # False: the update does not start at zero
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     alpha_pattern: Any = field(default_factory=dict)  # the same for alpha
 
-    METHOD = PeftType.LOHA
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude layers save")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.rank_dropout, "rank_dropout")
-        check_probability(self.module_dropout, "module_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return LoHa
+    PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
-class LoHa(Additive):
+class LoHa(Additive, config=LoHaConfig):
     """A (out, r), B (r, in), two of each; in the Tucker form A (r, out), T (r, r, *kernel) too."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "A1": "hada_w1_a", "B1": "hada_w1_b", "T1": "hada_t1",
         "A2": "hada_w2_a", "B2": "hada_w2_b", "T2": "hada_t2",
     }  # fmt: skip
@@ -64,7 +51,7 @@ class LoHa(Additive):
             if self.tucker:
                 self.register_parameter(f"T{i}", nn.Parameter(torch.empty(r, r, *kernel)))
         self.scale, self.skip = config.alpha / r, config.module_dropout
-        self.row_dropout, self.zero, self.r = config.rank_dropout, config.init_weights, r
+        self.row_dropout, self.zero = config.rank_dropout, config.init_weights
 
     def start(self, site: Site) -> None:
         for p in self.parameters():

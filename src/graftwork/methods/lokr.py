@@ -5,50 +5,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter, Additive
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Additive, Site
+from ..fields import choice, probability, whole
 
 
 @dataclass
-class LoKrConfig(TargetConfig):
+class LoKrConfig(TargetConfig, method="LOKR", peft="exclude layers save"):
     """A Kronecker product of two small matrices."""
 
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
     alpha_pattern: Any = field(default_factory=dict)  # the same for alpha
-    r: int = 8  # rank of W2; W2 is whole where r is at least half of its larger side
+    r: int = whole(8)  # rank of W2; W2 is whole where r is at least half of its larger side
     alpha: float = 8  # the update is scaled by alpha / r
-    rank_dropout: float = 0.0  # probability that a row of the update is left out in training
-    module_dropout: float = 0.0  # probability that the adapter is left out in training
+    rank_dropout: float = probability(0.0)  # probability that a row is left out in training
+    module_dropout: float = probability(0.0)  # probability that the adapter is left out in training
     use_effective_conv2d: bool = False  # T, A, B at kernels larger than one
     decompose_both: bool = False  # W1 is a product of rank r too, where that is smaller
-    decompose_factor: int = -1  # size of W1; -1: near the root of the layer's
+    decompose_factor: int = whole(-1)  # size of W1; -1: near the root of the layer's
     rank_dropout_scale: bool = False  # whether the rows that rank_dropout leaves make up for it
-    init_weights: Any = True  # W1 starts at zero; "lycoris": W2; False: neither
+    init_weights: Any = choice(True, False, "lycoris")  # W1 starts at 0; "lycoris": W2
 
-    METHOD = PeftType.LOKR
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude layers save")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.rank_dropout, "rank_dropout")
-        check_probability(self.module_dropout, "module_dropout")
-        if self.decompose_factor != -1:
-            check_rank(self.decompose_factor, "decompose_factor")
-        if not isinstance(self.init_weights, bool):
-            check_choice(self.init_weights, "init_weights", ("lycoris",))
-
-    def adapter(self) -> type[Adapter]:
-        return LoKr
+    PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
 def split(n: int, factor: int) -> tuple[int, int]:
@@ -59,10 +42,10 @@ def split(n: int, factor: int) -> tuple[int, int]:
     return factor, n // factor
 
 
-class LoKr(Additive):
+class LoKr(Additive, config=LoKrConfig):
     """W1 (o1, i1), W2 (o2, i2, *kernel), or Ai (oi, r) and Bi (r, ii), flat; T (r, r, *kernel)."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "W1": "lokr_w1", "A1": "lokr_w1_a", "B1": "lokr_w1_b",
         "W2": "lokr_w2", "A2": "lokr_w2_a", "B2": "lokr_w2_b", "T": "lokr_t2",
     }  # fmt: skip

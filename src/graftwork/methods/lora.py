@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine.adapter import LowRank
-from ..engine.host import Beneath
-from ..engine.site import Embedding, Site, as_factors
+from ..engine import Beneath, Embedding, LowRank, Site
+from ..engine.site import as_factors
 from ..inits import start_of
 from .lora_config import LoraConfig
 
@@ -22,8 +20,8 @@ EMBEDDING_KEYS = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 class LoRA(LowRank):
     """B A beside the layer; at the start A is random and B zero, at an embedding vice versa."""
 
-    keys: ClassVar[dict[str, str]] = LINEAR_KEYS
-    linear: ClassVar[str] = "B"
+    keys = LINEAR_KEYS
+    linear = "B"
     stacked = True
     A0: Tensor | None  # factors of a start that is taken away again: training begins at W
     B0: Tensor | None
@@ -39,7 +37,7 @@ class LoRA(LowRank):
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(site, Embedding):
-            self.keys = EMBEDDING_KEYS  # type: ignore[misc]
+            self.keys = EMBEDDING_KEYS
             if config.lora_bias:
                 raise ValueError(f"lora_bias has no meaning at the embedding {site.path}")
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter
-from . import defaults
-from .lora_options import (
-    ArrowConfig,
-    BdLoraConfig,
-    KasaConfig,
-    MontecloraConfig,
-    VeloraConfig,
-    options_of,
-)
+from ..config import TargetConfig
+from ..engine import Adapter
+from ..fields import check_rank, options, probability, whole
+from ..inits.options import CordaConfig, EvaConfig, LoraGAConfig
+from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,25 +30,18 @@ VARIANTS = {
     "arrow_config": "arrow:Arrow",
     "mica": "mica:MiCA",  # a value of init_lora_weights
 }
-OPTIONS = {
-    "kasa_config": KasaConfig,
-    "use_bdlora": BdLoraConfig,
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "arrow_config": ArrowConfig,
-}
 REFUSED = ("megatron_config", "layer_replication", "runtime_config")
 RESHAPED = ("use_qalora", "use_bdlora")  # variants whose factors have shapes of their own
 PLAIN_STARTS = ("true", "false", "gaussian")
 
 
 @dataclass
-class LoraConfig(TargetConfig):
+class LoraConfig(TargetConfig, method="LORA", peft="all"):
     """Low-rank adaptation, its starts and its variants, of which an adapter may be one."""
 
     r: int = 8  # rank
     lora_alpha: float = 8  # the update is scaled by lora_alpha / r
-    lora_dropout: float = 0.0  # probability, on the input of A, in training
+    lora_dropout: float = probability(0.0)  # probability, on the input of A, in training
     use_rslora: bool = False  # the scale is lora_alpha / sqrt(r)
     init_lora_weights: bool | str = True  # or a name in inits.STARTS: "gaussian", "pissa", ...
     rank_pattern: Any = field(default_factory=dict)  # {regex for the end of a path: r there}
@@ -62,27 +49,24 @@ class LoraConfig(TargetConfig):
     lora_bias: bool = False  # B has a bias
     ensure_weight_tying: bool = False  # an adapter on a tied weight acts at both ends
     use_dora: bool = False  # DoRA: rows of learned norms
-    kasa_config: Any = None  # KasaConfig, which asks for KaSA
+    kasa_config: Any = options(KasaConfig)  # which asks for KaSA
     use_qalora: bool = False  # QALoRA: constant in groups of inputs
-    qalora_group_size: int = 16  # inputs that QALoRA pools
-    use_bdlora: Any = None  # BdLoraConfig, which asks for BD-LoRA
-    velora_config: Any = None  # VeloraConfig, which asks for VeLoRA
-    monteclora_config: Any = None  # MontecloraConfig, which asks for MonteCLoRA
+    qalora_group_size: int = whole(16)  # inputs that QALoRA pools
+    use_bdlora: Any = options(BdLoraConfig)  # which asks for BD-LoRA
+    velora_config: Any = options(VeloraConfig)  # which asks for VeLoRA
+    monteclora_config: Any = options(MontecloraConfig)  # which asks for MonteCLoRA
     alora_invocation_tokens: list[int] | None = None  # ids from which on aLoRA acts
-    arrow_config: Any = None  # ArrowConfig, of create_arrow_model
+    arrow_config: Any = options(ArrowConfig)  # of create_arrow_model
     loftq_config: Any = field(default_factory=dict)  # LoftQConfig, of init_lora_weights="loftq"
-    eva_config: Any = None  # EvaConfig, of "eva"
-    corda_config: Any = None  # CordaConfig, of "corda"
-    lora_ga_config: Any = None  # LoraGAConfig, of "lora_ga"
+    eva_config: Any = options(EvaConfig)  # of "eva"
+    corda_config: Any = options(CordaConfig)  # of "corda"
+    lora_ga_config: Any = options(LoraGAConfig)  # of "lora_ga"
     layer_replication: Any = None  # PEFT's, not here
     megatron_config: dict[str, Any] | None = None  # PEFT's, not here
     megatron_core: str | None = "megatron.core"  # PEFT's
     runtime_config: Any = None  # PEFT's, not here
 
-    METHOD = PeftType.LORA
-    BEYOND = beyond("exclude fan bias save layers target_parameters trainable_token_indices")
-    PATTERNS: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-    TARGETS = defaults.LORA
+    PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     CONTEXT = ("alora_offsets",)
     LASTS = True
 
@@ -91,10 +75,6 @@ class LoraConfig(TargetConfig):
         ranks = (self.rank_pattern or {}).values() if "rank_pattern" in self.PATTERNS else ()
         for r in (self.r, *ranks):
             check_rank(r, "r")
-        check_probability(self.lora_dropout, "lora_dropout")
-        check_rank(self.qalora_group_size, "qalora_group_size")
-        for name, kind in OPTIONS.items():
-            setattr(self, name, options_of(getattr(self, name), kind))
         for name in REFUSED:
             if getattr(self, name):
                 raise ValueError(
@@ -108,7 +88,7 @@ class LoraConfig(TargetConfig):
             )
         if self.variant and self.ensure_weight_tying:
             raise ValueError(f"{self.variant} has no ensure_weight_tying; leave it out")
-        if self.variant and type(self).adapter is not LoraConfig.adapter:
+        if self.variant and self.ADAPTER:
             raise ValueError(f"{type(self).__name__} has no {self.variant}; leave it out")
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +108,8 @@ class LoraConfig(TargetConfig):
         return asked[0] if asked else None
 
     def adapter(self) -> type[Adapter]:
+        if self.ADAPTER:  # of a class that builds on this one
+            return super().adapter()
         where = VARIANTS[self.variant] if self.variant else "lora:LoRA"
         module, _, name = where.partition(":")
         found: type[Adapter] = getattr(import_module(f".{module}", __package__), name)

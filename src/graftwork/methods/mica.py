@@ -4,7 +4,7 @@ singular values, frozen; A starts at zero.
 
 from __future__ import annotations
 
-from ..engine.site import Site
+from ..engine import Site
 from .lora import LoRA
 from .lora_config import LoraConfig
 

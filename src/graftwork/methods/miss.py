@@ -4,38 +4,28 @@ summed. "mini": D repeats mini_r columns. "bat": W's r x r tiles T become T + T 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, LowRank, Site
+from ..fields import choice, probability, whole
 
 
 @dataclass
-class MissConfig(TargetConfig):
+class MissConfig(TargetConfig, method="MISS", peft="exclude bias save layers"):
     """One matrix that all blocks of a layer's input share."""
 
-    r: int = 64  # size of a block
-    miss_dropout: float = 0.0  # probability, on the input, in training
-    mini_r: int = 1  # in "mini", how many columns of D there are; divides the outputs
-    init_weights: Any = True  # False: not zero at the start; "mini" or "bat": see above
-
-    METHOD = PeftType.MISS
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude bias save layers")
+    r: int = whole(64)  # size of a block
+    miss_dropout: float = probability(0.0)  # probability, on the input, in training
+    mini_r: int = whole(1)  # in "mini", how many columns of D there are; divides the outputs
+    init_weights: Any = choice(True, False, "mini", "bat")  # False: not zero at the start
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_rank(self.mini_r, "mini_r")
-        check_probability(self.miss_dropout, "miss_dropout")
-        if not isinstance(self.init_weights, bool):
-            check_choice(self.init_weights, "init_weights", ("mini", "bat"))
         if self.init_weights == "bat" and self.miss_dropout and not self.inference_mode:
             raise ValueError("'bat' changes the weight, so it has no miss_dropout; leave that out")
 
@@ -46,7 +36,7 @@ class MissConfig(TargetConfig):
 class MiSS(LowRank):
     """D (r, out), or (r, mini_r)."""
 
-    keys: ClassVar[dict[str, str]] = {"D": "miss_block"}
+    keys = {"D": "miss_block"}
 
     def __init__(self, config: MissConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -82,7 +72,7 @@ class MiSS(LowRank):
 class Bat(Adapter):
     """D (out / r, r, r), one for each row of tiles."""
 
-    keys: ClassVar[dict[str, str]] = {"D": "miss_block"}
+    keys = {"D": "miss_block"}
 
     def __init__(self, config: MissConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

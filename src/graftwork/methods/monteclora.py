@@ -5,13 +5,12 @@ Gaussian, weights w from a Dirichlet, both learned and held to their priors by a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 
-from ..engine.site import Site
+from ..engine import Site
 from .lora import LINEAR_KEYS, LoRA, fixed_rank
 from .lora_config import LoraConfig
 
@@ -22,25 +21,21 @@ KEYS = {"std": "std_prior", "logits": "expert_weights_prior", "var": "gaussian_v
 class MonteCLoRA(LoRA):
     """std (r,) and logits (n,) train, as logarithms; var (r, r) and w (n,) note the last draw."""
 
-    keys: ClassVar[dict[str, str]] = LINEAR_KEYS
+    keys = LINEAR_KEYS
     stacked = False
     pad = fixed_rank
-    var: Tensor
-    w: Tensor
-    chi: Tensor  # the last draws themselves: from them the penalty is computed
-    z: Tensor
 
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.options = config.monteclora_config
         sampler = {name: f"lora_monteclora_sampler.{key}" for name, key in KEYS.items()}
-        self.keys = {**self.keys, **sampler}  # type: ignore[misc]
+        self.keys = {**self.keys, **sampler}
         n = self.options.num_samples
         self.std, self.logits = nn.Parameter(torch.empty(self.r)), nn.Parameter(torch.empty(n))
-        self.register_buffer("var", torch.eye(self.r))
-        self.register_buffer("w", torch.full((n,), 1 / n))
-        self.register_buffer("chi", torch.full((self.r,), float(self.r)), persistent=False)
-        self.register_buffer("z", torch.zeros(n), persistent=False)
+        self.var = nn.Buffer(torch.eye(self.r))
+        self.w = nn.Buffer(torch.full((n,), 1 / n))
+        self.chi = nn.Buffer(torch.full((self.r,), float(self.r)), persistent=False)
+        self.z = nn.Buffer(torch.zeros(n), persistent=False)
 
     def start(self, site: Site) -> None:
         super().start(site)

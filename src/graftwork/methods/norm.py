@@ -9,33 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PeftType, TargetConfig, beyond
-from ..engine.adapter import Adapter, Shared
-from ..engine.host import Host
+from ..config import TargetConfig
+from ..engine import Adapter, Host, Shared
 from ..errors import TargetError
+from ..parts.whole import Copy, whole
+from ..targets.defaults import LN_TUNING
 from ..targets.offer import Offer, Target, leaf
-from . import defaults
-from .whole import Copy, whole
 
 PREFIX = "ln_tuning_layers."
 
 
 @dataclass
-class LNTuningConfig(TargetConfig):
+class LNTuningConfig(TargetConfig, method="LN_TUNING", peft="exclude save"):
     """Whole norms, trained; ``target_modules`` may name modules of any type."""
-
-    METHOD = PeftType.LN_TUNING
-    TARGETS = defaults.LN_TUNING
-    BEYOND = beyond("exclude save")
-
-    def adapter(self) -> type[Adapter]:
-        return Norm
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         return [Target(path, offer.modules[path])]
 
     def usual(self, offer: Offer) -> Any:
-        if known := self.TARGETS.get(offer.model_type):
+        if known := LN_TUNING.get(offer.model_type):
             return {entry for entry in known if offer.ending_with(entry)}
         norms = {leaf(path) for path, m in offer.modules.items() if is_norm(m)}
         if not norms:
@@ -54,7 +46,7 @@ def is_norm(module: torch.nn.Module) -> bool:
     return bool(own) and not any(True for _ in module.children()) and all(p.ndim == 1 for p in own)
 
 
-class Norm(Copy):
+class Norm(Copy, config=LNTuningConfig):
     """The copy, under PEFT's names."""
 
     def file_tensors(self) -> dict[str, Tensor]:

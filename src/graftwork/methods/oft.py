@@ -6,26 +6,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability
-from ..engine.adapter import Adapter
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Site
 from ..errors import warn
-from . import defaults
+from ..fields import probability
 from .rotation import Rotation, cayley, left_out, neumann, times_blocks
 
 
 @dataclass
-class OFTConfig(TargetConfig):
+class OFTConfig(TargetConfig, method="OFT", peft="exclude fan bias save layers"):
     """Rotations of blocks of the inputs; either ``r`` or ``oft_block_size``, the other one 0."""
 
     r: int = 0  # number of blocks
     oft_block_size: int = 32  # inputs a block
-    module_dropout: float = 0.0  # probability that a block is left out in training
+    module_dropout: float = probability(0.0)  # probability that a block is left out in training
     init_weights: bool = True  # False: not the identity at the start
     coft: bool = False  # Q stays within a ball around 0
     eps: float = 6e-5  # radius of that ball
@@ -33,13 +32,8 @@ class OFTConfig(TargetConfig):
     use_cayley_neumann: bool = True  # a sum of powers of Q; False: the exact transform
     num_cayley_neumann_terms: int = 5  # of that sum
 
-    METHOD = PeftType.OFT
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude fan bias save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self.module_dropout, "module_dropout")
         if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) <= 0:
             raise ValueError(
                 f"r={self.r} blocks times oft_block_size={self.oft_block_size} are a layer's "
@@ -47,9 +41,6 @@ class OFTConfig(TargetConfig):
             )
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
             raise ValueError("num_cayley_neumann_terms=1 is the identity; give at least 2")
-
-    def adapter(self) -> type[Adapter]:
-        return OFT
 
     def block_size(self, n: int, where: str) -> int:
         """The block size at a layer: that of the divisor of n that is nearest to what is wished."""
@@ -77,24 +68,23 @@ class OFTConfig(TargetConfig):
                 part.v.copy_(part.within(part.v))
 
 
-class OFT(Rotation):
+class OFT(Rotation, config=OFTConfig):
     """v (blocks, k (k - 1) / 2) is the upper triangle of each Q; 0 at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"v": "oft_R.weight"}
-    upper: Tensor  # where that triangle is in Q
+    keys = {"v": "oft_R.weight"}
 
     def __init__(self, config: OFTConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.k = k = config.block_size(self.n, f"{site.path} {site.describe()}")
         rows, columns = torch.triu_indices(k, k, 1)
-        self.register_buffer("upper", rows * k + columns, persistent=False)
+        self.upper = nn.Buffer(rows * k + columns, persistent=False)
         blocks = 1 if config.block_share else self.n // k
         self.v = nn.Parameter(torch.empty(blocks, len(self.upper)))
         self.random, self.dropout = not config.init_weights, config.module_dropout
         self.powers = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         self.radius = config.eps / blocks**0.5 if config.coft else math.inf
         if self.outwards:
-            self.keys = {"v": "oft_embedding_R.weight"}  # type: ignore[misc]
+            self.keys = {"v": "oft_embedding_R.weight"}
 
     def start(self, site: Site) -> None:
         self.v.normal_(std=0.1) if self.random else self.v.zero_()

@@ -5,32 +5,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond
-from ..engine.adapter import Adapter, LowRank
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import LowRank, Site
 
 
 @dataclass
-class OSFConfig(TargetConfig):
+class OSFConfig(TargetConfig, method="OSF", peft="save"):
     """How much of a weight stays; a fraction of its smaller side, or a number of directions."""
 
     effective_rank: Any = None  # what stays: 0.5 if None
     rank_pattern: Any = None  # {regex for a part of a path: effective_rank there}
     init_weights: bool = True  # False: not the identity at the start
     target_svd_config: Any = None  # PEFT's, which does not use it either
-
-    METHOD = PeftType.OSF
-    TARGETS = defaults.OSF
-    BEYOND = beyond("save")
-
-    def adapter(self) -> type[Adapter]:
-        return OSF
 
     def changes(self, path: str, parameter: str) -> dict[str, Any]:
         found = super().changes(path, parameter)
@@ -52,10 +43,10 @@ class OSFConfig(TargetConfig):
         return kept
 
 
-class OSF(LowRank):
+class OSF(LowRank, config=OSFConfig):
     """U (out, k), S (k,), V (k, in); they start at U0, S0, V0, the part of W that they replace."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low",
     }  # fmt: skip
     stacked = True

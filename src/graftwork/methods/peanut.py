@@ -9,37 +9,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Site
+from ..fields import check_choice, whole
 from .bottleneck import FUNCTIONS
 
 
 @dataclass
-class PeanutConfig(TargetConfig):
+class PeanutConfig(TargetConfig, method="PEANUT", peft="exclude save layers"):
     """An update that a small network computes from the weight."""
 
-    r: int = 32  # width of the network
-    depth: int = 0  # how many stages E_i, and as many D_i
+    r: int = whole(32)  # width of the network
+    depth: int = whole(0)  # how many stages E_i, and as many D_i
     act_fn: str = "relu"  # f, as transformers calls it
     scaling: float = 1.0  # s
     init_weights: bool = True  # False: not the identity at the start
 
-    METHOD = PeftType.PEANUT
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        if self.depth != 0:
-            check_rank(self.depth, "depth")
         self.function()
-
-    def adapter(self) -> type[Adapter]:
-        return PEANuT
 
     def function(self) -> Callable[[Tensor], Tensor]:
         """f, without importing transformers for the usual ones."""
@@ -54,7 +42,7 @@ class PeanutConfig(TargetConfig):
         return f
 
 
-class PEANuT(Adapter):
+class PEANuT(Adapter, config=PeanutConfig):
     """A (r, out), E and D (depth, r, r), B (out, r), which is zero at the start."""
 
     def __init__(self, config: PeanutConfig, site: Site, shared: None = None) -> None:
@@ -65,7 +53,7 @@ class PEANuT(Adapter):
             nn.ParameterList(nn.Parameter(torch.empty(r, r)) for _ in range(config.depth))
             for _ in range(2)
         )
-        self.keys = {"A": "peanut_A.weight", "B": "peanut_B.weight"}  # type: ignore[misc]
+        self.keys = {"A": "peanut_A.weight", "B": "peanut_B.weight"}
         for i in range(config.depth):
             self.keys[f"E.{i}"] = f"peanut_encoders.{i}.weight"
             self.keys[f"D.{i}"] = f"peanut_decoders.{i}.weight"
@@ -94,6 +82,3 @@ class PEANuT(Adapter):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         h = self.network(layer.weights()[0])
         return layer(x) + layer.site.low_rank(x, h.mT, self.scale * self.B)
-
-    def rank(self) -> int:
-        return self.r

@@ -5,52 +5,37 @@ skills: A_t = sum_s z_ts A_s; in splits of inputs and outputs, each with a mixtu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Site
 from ..errors import StateError
-from . import defaults
+from ..fields import choice, whole
 
 
 @dataclass
-class PolyConfig(TargetConfig):
+class PolyConfig(TargetConfig, method="POLY", peft="exclude save"):
     """A mixture of skills for each task: call the model with ``task_ids=``, one for each row."""
 
-    r: int = 8  # rank of a skill
+    r: int = whole(8)  # rank of a skill
     init_weights: bool = True  # False: the update does not start at zero
-    poly_type: str = "poly"  # PEFT's only one
-    n_tasks: int = 1  # tasks, each with a mixture
-    n_skills: int = 4  # skills that are mixed
-    n_splits: int = 1  # parts of inputs and outputs with mixtures of their own
+    poly_type: str = choice("poly")  # PEFT's only one
+    n_tasks: int = whole(1)  # tasks, each with a mixture
+    n_skills: int = whole(4)  # skills that are mixed
+    n_splits: int = whole(1)  # parts of inputs and outputs with mixtures of their own
 
-    METHOD = PeftType.POLY
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude save")
     CONTEXT = ("task_ids",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.poly_type, "poly_type", ("poly",))
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            check_rank(getattr(self, name), name)
 
-    def adapter(self) -> type[Adapter]:
-        return Poly
-
-
-class Poly(Adapter):
+class Poly(Adapter, config=PolyConfig):
     """A (splits, skills, in / splits, r), B (splits, skills, r, out / splits), logits z (tasks,
     splits x skills).
     """
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "A": "poly_lora_A", "B": "poly_lora_B", "z": "poly_router.module_logits",
     }  # fmt: skip
 
@@ -64,7 +49,7 @@ class Poly(Adapter):
         self.B = nn.Parameter(torch.empty(q, s, self.r, out // q))
         self.z, self.zero = nn.Parameter(torch.empty(self.tasks, q * s)), config.init_weights
         if self.tasks > 1:
-            self.FORBIDS = {"merge": "its update differs from row to row, by their tasks"}  # type: ignore[misc]
+            self.FORBIDS = {"merge": "its update differs from row to row, by their tasks"}
 
     def start(self, site: Site) -> None:
         self.A.uniform_(-1, 1).mul_(self.A.shape[2] ** -0.5)
@@ -106,6 +91,3 @@ class Poly(Adapter):
     def delta_norm(self, w: Tensor) -> float:
         a, b = self.factors(torch.arange(self.tasks, device=w.device))
         return float((b @ a).square().sum((1, 2)).mean().sqrt())
-
-    def rank(self) -> int:
-        return self.r

@@ -4,28 +4,26 @@ singular values, and R = diag(b) C diag(a); C = (I + Q) (I - Q)^-1, Q skew, is o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import LowRank, Site
+from ..fields import choice, probability, whole
 from ..inits.drawn import seeded
-from . import defaults
 from .rotation import cayley, neumann
 
 
 @dataclass
-class PsoftConfig(TargetConfig):
+class PsoftConfig(TargetConfig, method="PSOFT", peft="exclude fan save layers"):
     """Rotations of the weight's principal subspace."""
 
-    r: int = 32  # its dimension
+    r: int = whole(32)  # its dimension
     psoft_alpha: int = 32  # PEFT's; B is divided by the scale that it gives, so it does nothing
-    psoft_dropout: float = 0.0  # probability, on the input, in training
-    ab_svd_init: str = "psoft_init"  # A = V', B = U S; "pissa_init": both have sqrt(S)
-    psoft_svd: str = "full"  # or "lowrank", which is random and faster
+    psoft_dropout: float = probability(0.0)  # probability, on the input, in training
+    ab_svd_init: str = choice("psoft_init", "pissa_init")  # A = V', B = U S; or each has sqrt(S)
+    psoft_svd: str = choice("full", "lowrank")  # "lowrank" is random and faster
     psoft_svd_lowrank_niter: int = 10  # rounds of that
     random_seed: int = 0  # of that; a file's reader finds A and B again with it
     psoft_orth: bool = True  # False: C is any matrix
@@ -36,34 +34,20 @@ class PsoftConfig(TargetConfig):
     cayley_neumann_eps: float | None = None  # bound for ||Q|| there
     init_weights: bool = True  # False: not the identity at the start
 
-    METHOD = PeftType.PSOFT
-    TARGETS = defaults.LORA
-    BEYOND = beyond("exclude fan save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.psoft_dropout, "psoft_dropout")
-        check_choice(self.ab_svd_init, "ab_svd_init", ("psoft_init", "pissa_init"))
-        check_choice(self.psoft_svd, "psoft_svd", ("full", "lowrank"))
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
             raise ValueError("num_cayley_neumann_terms=1 is the identity; give at least 2")
         if (eps := self.cayley_neumann_eps) is not None and not 0 < eps < 1:
             raise ValueError(f"cayley_neumann_eps={eps} is not between 0 and 1; try 0.9")
 
-    def adapter(self) -> type[Adapter]:
-        return PSOFT
 
-
-class PSOFT(LowRank):
+class PSOFT(LowRank, config=PsoftConfig):
     """v (r (r - 1) / 2,) is the upper triangle of Q, 0 at the start; or v (r, r) is C itself."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "v": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"
     }  # fmt: skip
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
-    upper: Tensor  # where that triangle is in Q
 
     def __init__(self, config: PsoftConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -73,9 +57,9 @@ class PSOFT(LowRank):
                 f"r={r} is above the {m} directions of {site.name} {site.describe()}; try r={m}"
             )
         rows, columns = torch.triu_indices(r, r, 1)
-        self.register_buffer("A", torch.empty(r, in_), persistent=False)
-        self.register_buffer("B", torch.empty(out, r), persistent=False)
-        self.register_buffer("upper", rows * r + columns, persistent=False)
+        self.A = nn.Buffer(torch.empty(r, in_), persistent=False)
+        self.B = nn.Buffer(torch.empty(out, r), persistent=False)
+        self.upper = nn.Buffer(rows * r + columns, persistent=False)
         self.v = nn.Parameter(torch.empty(len(rows) if config.psoft_orth else (r, r)))
         self.b = nn.Parameter(torch.empty(r)) if config.psoft_mag_b else None
         self.a = nn.Parameter(torch.empty(r)) if config.psoft_mag_a else None

@@ -6,42 +6,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import LowRank, Shared, Site
+from ..fields import probability, whole
 from ..inits.drawn import generator, kaiming
-from . import defaults
 
 
 @dataclass
-class PveraConfig(TargetConfig):
+class PveraConfig(TargetConfig, method="PVERA", peft="fan bias save layers"):
     """VeRA whose hidden channels are sampled in training: a mean and a spread for each."""
 
-    r: int = 256  # rank; of the shared projections
+    r: int = whole(256)  # rank; of the shared projections
     projection_prng_key: int = 0  # seed of the projections
     save_projection: bool = True  # False: a reader draws them again from the seed
-    pvera_dropout: float = 0.0  # probability, on the input, in training
+    pvera_dropout: float = probability(0.0)  # probability, on the input, in training
     d_initial: float = 0.1  # starting value of d
     init_weights: bool = True  # False: b is one and d is normal, so the start is not the base
     sample_at_inference: bool = False  # whether z is sampled then too
     generator_seed: int | None = None  # seed of each layer's samples; None: torch's own
-
-    METHOD = PeftType.PVERA
-    TARGETS: ClassVar[dict[str, Any]] = {**defaults.PHI_QV, "dinov2": ["query", "value"]}
-    BEYOND = beyond("fan bias save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.pvera_dropout, "pvera_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return PVeRA
 
     def share(self, sites: Sequence[Site]) -> Shared:
         r = max(self.at(s.path, s.parameter).r for s in sites)  # overrides may differ
@@ -51,19 +37,19 @@ class PveraConfig(TargetConfig):
 class Projections(Shared):
     """A (2 r, widest input), of means and of spreads, and B (widest output, r)."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "pvera_A", "B": "pvera_B"}
+    keys = {"A": "pvera_A", "B": "pvera_B"}
 
     def __init__(self, config: PveraConfig, r: int, out: int, in_: int) -> None:
         super().__init__()
         a, b = kaiming(config.projection_prng_key, (2 * r, in_), (out, r))
-        self.register_buffer("A", a, persistent=config.save_projection)
-        self.register_buffer("B", b, persistent=config.save_projection)
+        self.A = nn.Buffer(a, persistent=config.save_projection)
+        self.B = nn.Buffer(b, persistent=config.save_projection)
 
 
-class PVeRA(LowRank):
+class PVeRA(LowRank, config=PveraConfig):
     """b (..., out) and d (..., 2 r); b is zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"b": "pvera_lambda_b", "d": "pvera_lambda_d"}
+    keys = {"b": "pvera_lambda_b", "d": "pvera_lambda_d"}
     stacked = True
 
     def __init__(self, config: PveraConfig, site: Site, shared: Projections) -> None:
@@ -76,7 +62,7 @@ class PVeRA(LowRank):
         seed = config.generator_seed
         self.noise = None if seed is None else generator(seed)
         if self.always:
-            self.FORBIDS = {  # type: ignore[misc]
+            self.FORBIDS = {
                 "merge": "its output is sampled; with sample_at_inference=False it is the mean"
             }
 

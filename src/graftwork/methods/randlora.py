@@ -6,42 +6,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import LowRank, Shared, Site
+from ..fields import probability, whole
 from .bases import Bases, bases
 
 
 @dataclass
-class RandLoraConfig(TargetConfig):
+class RandLoraConfig(TargetConfig, method="RANDLORA", peft="fan bias save layers"):
     """A full-rank update: a sum of random low-rank bases, each with learned diagonals."""
 
-    r: int = 32  # rank of one base; the smaller, the more bases and the more is trained
+    r: int = whole(32)  # rank of one base; the smaller, the more bases and the more is trained
     projection_prng_key: int = 0  # seed of the bases
     save_projection: bool = True  # False: a reader draws them again from the seed
     sparse: bool = False  # bases of -1, 0 and 1, a third of them not 0
     very_sparse: bool = False  # the same with 1 / sqrt(smaller side) of them not 0
-    randlora_dropout: float = 0.0  # probability, on the input, in training
+    randlora_dropout: float = probability(0.0)  # probability, on the input, in training
     randlora_alpha: int = 640  # the update is scaled by alpha / r
     init_weights: bool = True  # False: l is normal, so the start is not the base
-
-    METHOD = PeftType.RANDLORA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("fan bias save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.randlora_dropout, "randlora_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return RandLoRA
 
     def share(self, sites: Sequence[Site]) -> Shared:
         sides = [max(sizes) for sizes in zip(*(s.shape for s in sites), strict=True)]
@@ -68,10 +55,10 @@ class Lean(torch.autograd.Function):
         return None, (grad * g[..., None, :, :]).sum(-1), (grad * l[..., None]).sum(-3)
 
 
-class RandLoRA(LowRank):
+class RandLoRA(LowRank, config=RandLoraConfig):
     """l (..., r, bases) and g (..., bases, smaller side); l is zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"l": "randlora_lambda", "g": "randlora_gamma"}
+    keys = {"l": "randlora_lambda", "g": "randlora_gamma"}
     stacked = True
 
     def __init__(self, config: RandLoraConfig, site: Site, shared: Bases) -> None:

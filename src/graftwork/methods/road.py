@@ -4,47 +4,36 @@ y1' = c1 y1 - s1 y2 and y2' = c2 y2 + s2 y1, with c = alpha cos theta and s = al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Site
+from ..fields import choice
 
 # variant -> how many angles a pair has of its own: for cosine and sine, for each of the two outputs
 VARIANTS = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}
 
 
 @dataclass
-class RoadConfig(TargetConfig):
+class RoadConfig(TargetConfig, method="ROAD", peft="save"):
     """Rotations of pairs of outputs."""
 
-    variant: str = "road_1"  # one angle and scale a pair; road_2: two of each; road_4: four
+    variant: str = choice(*VARIANTS)  # one angle and scale a pair; or two, four of each
     group_size: int = 64  # an output is paired with the one half a group further on
     init_weights: bool = True  # False: not the identity at the start
 
-    METHOD = PeftType.ROAD
-    TARGETS = defaults.LORA
-    BEYOND = beyond("save")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.variant, "variant", list(VARIANTS))
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"group_size={self.group_size} must be even; try group_size=64")
 
-    def adapter(self) -> type[Adapter]:
-        return RoAd
 
-
-class RoAd(Adapter):
+class RoAd(Adapter, config=RoadConfig):
     """theta and alpha, (out / 2,), (out,) or (2 out,): 0 and 1 at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"theta": "road_theta", "alpha": "road_alpha"}
+    keys = {"theta": "road_theta", "alpha": "road_alpha"}
 
     def __init__(self, config: RoadConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Embedding, Site
+from ..engine import Adapter, Beneath, Embedding, Site
 
 
 class Rotation(Adapter):

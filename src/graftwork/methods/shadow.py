@@ -5,27 +5,27 @@ g = sigmoid(G(h)). The first s is what a small model beside the other makes of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Host
+from ..config import TargetConfig
+from ..engine import Adapter, Host
 from ..engine.root import Grafted
 from ..engine.site import kind_of
 from ..errors import StateError, TargetError
+from ..fields import probability, whole
 from ..targets.offer import Offer, Target
 from .shadow_side import Plan, Side
 
 
 @dataclass
-class ShadowConfig(TargetConfig):
+class ShadowConfig(TargetConfig, method="SHADOW", peft="exclude layers save"):
     """A small trained model that follows the frozen one from block to block, and corrects it."""
 
-    r: int = 8  # rank of U D
+    r: int = whole(8)  # rank of U D
     shadow_alpha: float = 0.1  # a
-    shadow_dropout: float = 0.2  # probability, on h - s, in training
+    shadow_dropout: float = probability(0.2)  # probability, on h - s, in training
     init_weights: bool = True  # False: the correction does not start at zero
     shadow_model: str = "mirror"  # a smaller model of the same kind, or a folder or hub id of one
     shadow_num_hidden_layers: int | None = None  # of the mirror; None: one
@@ -36,14 +36,10 @@ class ShadowConfig(TargetConfig):
     update_hidden_size: int | None = None  # width within T and G; None: r
     auxiliary_loss_weight: float = 0.05  # of the loss of the small model's own answers
 
-    METHOD = PeftType.SHADOW
-    BEYOND = beyond("exclude layers save")
     OFFERS = frozenset({"unload_shadow", "last_shadow_loss"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.shadow_dropout, "shadow_dropout")
         own = "num_hidden_layers hidden_size num_attention_heads intermediate_size".split()
         given = [n for n in own if getattr(self, f"shadow_{n}") is not None]
         if given and self.shadow_model != "mirror":
@@ -51,9 +47,6 @@ class ShadowConfig(TargetConfig):
                 f"shadow_{given[0]} is for a mirror; {self.shadow_model} has a size of its own"
             )
         self.plan: Plan | None = None
-
-    def adapter(self) -> type[Adapter]:
-        return Shadow
 
     def prepare(self, offer: Offer) -> None:
         super().prepare(offer)
@@ -86,13 +79,11 @@ class ShadowConfig(TargetConfig):
         return root.switch.shared[name].after(root, outputs, args, kwargs)
 
 
-class Shadow(Adapter):
+class Shadow(Adapter, config=ShadowConfig):
     """D (r, width) and U (width, r), zero at the start; T and G, each of two layers."""
 
-    beside: ClassVar[bool] = True
-    FORBIDS: ClassVar[dict[str, str]] = {
-        "merge": "its correction depends on the input and on earlier blocks"
-    }
+    beside = True
+    FORBIDS = {"merge": "its correction depends on the input and on earlier blocks"}
 
     def __init__(self, config: ShadowConfig, path: str, shared: Side) -> None:
         super().__init__(config, None, shared)
@@ -105,7 +96,7 @@ class Shadow(Adapter):
         )
         self.dropout, self.scale = nn.Dropout(config.shadow_dropout), config.shadow_alpha
         names = {"D": "down", "U": "up", "T": "update_transform", "G": "update_gate"}
-        self.keys = {k: f"shadow_{names[k[0]]}.default.{k[2:]}" for k in self.state_dict()}  # type: ignore[misc]
+        self.keys = {k: f"shadow_{names[k[0]]}.default.{k[2:]}" for k in self.state_dict()}
 
     def start(self, site: Any) -> None:
         for layer in self.modules():

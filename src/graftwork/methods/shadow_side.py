@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Shared
+from ..engine import Shared
 from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..engine.rows import PerRow
@@ -123,7 +123,7 @@ class Side(Shared):
         self.lm = getattr(config.task_type, "value", "") == "CAUSAL_LM"
         fronts = {n: f"shadow_{n}.default." for n in ("backbone", "projection", "head")}
         parts = [(key, *key.partition(".")[::2]) for key in self.state_dict()]
-        self.keys = {key: fronts[part] + leaf for key, part, leaf in parts}  # type: ignore[misc]
+        self.keys = {key: fronts[part] + leaf for key, part, leaf in parts}
         self.last_shadow_loss: Tensor | None = None
 
     def place(self, path: str) -> int:

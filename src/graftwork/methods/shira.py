@@ -7,40 +7,29 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_rank
-from ..engine.adapter import Adapter
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Site
+from ..fields import whole
 from ..inits.drawn import positions
-from . import defaults
 from .sparse import Sparse
 
 
 @dataclass
-class ShiraConfig(TargetConfig):
+class ShiraConfig(TargetConfig, method="SHIRA", peft="fan save"):
     """Some entries of the weight train.
 
     A choice of your own: ``config.mask_fn = f``, where ``f(layer, r)`` gives a mask of the shape of
     ``layer.weight`` with r (in + out) ones.
     """
 
-    r: int = 32  # r (in + out) entries train; no rank
+    r: int = whole(32)  # r (in + out) entries train; no rank
     mask_type: str = "random"  # another word: mask_fn chooses
     random_seed: int | None = None  # of the random choice
     init_weights: bool = True  # False: not zero at the start
 
-    METHOD = PeftType.SHIRA
-    TARGETS = defaults.PHI_QV
-    BEYOND = beyond("fan save")
     mask_fn: ClassVar[Any] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-
-    def adapter(self) -> type[Adapter]:
-        return SHiRA
 
     def at(self, path: str, parameter: str = "weight") -> ShiraConfig:
         new = super().at(path, parameter)
@@ -67,16 +56,15 @@ class ShiraConfig(TargetConfig):
         return positions(self.random_seed, math.prod(site.shape), n).sort()[0]
 
 
-class SHiRA(Sparse):
+class SHiRA(Sparse, config=ShiraConfig):
     """v (n,) at rows and columns (2, n), which are in the file."""
 
-    keys: ClassVar[dict[str, str]] = {"v": "shira_weight", "index": "shira_indices"}
-    index: Tensor
+    keys = {"v": "shira_weight", "index": "shira_indices"}
 
     def __init__(self, config: ShiraConfig, site: Site, shared: None = None) -> None:
         n = config.r * sum(site.shape)
         super().__init__(config, site, n, f"r={config.r}")
-        self.register_buffer("index", torch.zeros(2, n, dtype=torch.int32))
+        self.index = nn.Buffer(torch.zeros(2, n, dtype=torch.int32))
         self.config = config
 
     def start(self, site: Site) -> None:

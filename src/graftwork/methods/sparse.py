@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Additive
-from ..engine.site import Site
+from ..engine import Additive, Site
 
 
 class Sparse(Additive):

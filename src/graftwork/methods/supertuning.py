@@ -5,55 +5,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Beneath, Site
+from ..fields import probability, whole
 from .sparse import Sparse
 
 
 @dataclass
-class SupertuningConfig(TargetConfig):
+class SupertuningConfig(TargetConfig, method="SUPERTUNING", peft="save"):
     """The largest entries of the weight train, and a LoRA beside them where r is given."""
 
-    sparsity: float = 0.99  # the part of the entries that does not train
+    sparsity: float = probability(0.99)  # the part of the entries that does not train
     select_top: bool = True  # False: the smallest entries train
-    r: int | None = None  # rank of the LoRA
+    r: int | None = whole(None)  # rank of the LoRA
     lora_alpha: float | None = None  # it is scaled by lora_alpha / r; None: 2 r
-    lora_dropout: float = 0.0  # probability, on its input, in training
+    lora_dropout: float = probability(0.0)  # probability, on its input, in training
     init_weights: bool = True  # False: not zero at the start
     save_precomputed_indices: bool = True  # False: a reader finds them in the base weight again
 
-    METHOD = PeftType.SUPERTUNING
-    TARGETS = defaults.LORA
-    BEYOND = beyond("save")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability(self.sparsity, "sparsity")
-        check_probability(self.lora_dropout, "lora_dropout")
         if self.lora_dropout and not self.r and not self.inference_mode:
             raise ValueError("lora_dropout is that of the low-rank part, which needs r; give both")
         if self.r is not None:
-            check_rank(self.r, "r")
             self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         elif self.lora_alpha is not None:
             raise ValueError("lora_alpha scales a LoRA, which there is only with r; give r=8")
 
-    def adapter(self) -> type[Adapter]:
-        return Supertuning
 
-
-class Supertuning(Sparse):
+class Supertuning(Sparse, config=SupertuningConfig):
     """v (n,); A (r, in) and B (out, r) where there is a LoRA."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "v": "supertuning_values", "at": "supertuning_indices",
         "A": "supertuning_lora_A.weight", "B": "supertuning_lora_B.weight",
     }  # fmt: skip
@@ -68,7 +55,7 @@ class Supertuning(Sparse):
             )
         super().__init__(config, site, n, "sparsity")
         self.saved, self.top = config.save_precomputed_indices, config.select_top
-        self.register_buffer("at", torch.zeros(n, dtype=torch.int32), persistent=self.saved)
+        self.at = nn.Buffer(torch.zeros(n, dtype=torch.int32), persistent=self.saved)
         self.A = nn.Parameter(torch.empty(r, in_)) if r else None
         self.B = nn.Parameter(torch.empty(out, r)) if r else None
         self.scale = (config.lora_alpha or 0) / r if r else 1.0

@@ -6,55 +6,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import (
-    PeftType,
-    TargetConfig,
-    beyond,
-    check_choice,
-    check_probability,
-    check_rank,
-)
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Embedding, Site
+from ..config import TargetConfig
+from ..engine import Embedding, LowRank, Shared, Site
+from ..fields import choice, probability, whole
 from ..inits.drawn import generator
-from . import defaults
 
 
 @dataclass
-class TinyLoraConfig(TargetConfig):
+class TinyLoraConfig(TargetConfig, method="TINYLORA", peft="fan bias save layers"):
     """A few trained numbers a layer, or for the whole model."""
 
-    r: int = 2  # how many singular directions
-    u: int = 64  # length of v
+    r: int = whole(2)  # how many singular directions
+    u: int = whole(64)  # length of v
     weight_tying: float = 0.0  # 0: each layer has its own v; 1: all share one
     projection_seed: int = 42  # seed of P at the first layer; each further layer adds one
     save_projection: bool = True  # False: a reader draws P again from the seed
     init_v_bound: float = 0.02  # largest value of v at a start that is not zero
-    tinylora_dropout: float = 0.0  # probability, on the input, in training
-    init_weights: bool | str = True  # True: v starts at zero; "uniform" or False: it does not
-
-    METHOD = PeftType.TINYLORA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("fan bias save layers")
+    tinylora_dropout: float = probability(0.0)  # probability, on the input, in training
+    init_weights: bool | str = choice(True, False, "uniform")  # True: v starts at zero
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_rank(self.u, "u")
-        check_choice(str(self.init_weights), "init_weights", ("True", "False", "uniform"))
-        check_probability(self.tinylora_dropout, "tinylora_dropout")
         if not 0 <= self.weight_tying <= 1:
-            raise ValueError(
-                f"weight_tying={self.weight_tying} is not between 0 (none) and 1 (all)"
-            )
-
-    def adapter(self) -> type[Adapter]:
-        return TinyLoRA
+            raise ValueError(f"weight_tying={self.weight_tying} is not between 0 and 1 (all)")
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Vectors(self, [site.name for site in sites])
@@ -69,7 +47,7 @@ class Vectors(Shared):
         size, last = len(names) // groups, groups - 1
         self.place = {name: (i, min(i // size, last)) for i, name in enumerate(names)}
         self.v = nn.ParameterList(nn.Parameter(torch.empty(config.u)) for _ in range(groups))
-        self.keys = {f"v.{i}": f"tinylora_v.{i}" for i in range(groups)}  # type: ignore[misc]
+        self.keys = {f"v.{i}": f"tinylora_v.{i}" for i in range(groups)}
         self.bound = 0.0 if config.init_weights is True else config.init_v_bound
 
     def start(self) -> None:
@@ -77,14 +55,11 @@ class Vectors(Shared):
             v.uniform_(-self.bound, self.bound)
 
 
-class TinyLoRA(LowRank):
+class TinyLoRA(LowRank, config=TinyLoraConfig):
     """A (..., r, in) and B (..., out, r), of the transposed weight at an embedding; P (u, r, r)."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"}
+    keys = {"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"}
     stacked = True
-    A: Tensor
-    B: Tensor
-    P: Tensor
 
     def __init__(self, config: TinyLoraConfig, site: Site, shared: Vectors) -> None:
         super().__init__(config, site, shared)
@@ -92,10 +67,10 @@ class TinyLoRA(LowRank):
         self.table = isinstance(site, Embedding)  # whose (vocabulary, width) PEFT decomposes
         out, in_ = reversed(site.shape) if self.table else site.shape
         self.r = min(config.r, out, in_)
-        self.register_buffer("A", torch.empty(*site.lead, self.r, in_))
-        self.register_buffer("B", torch.empty(*site.lead, out, self.r))
+        self.A = nn.Buffer(torch.empty(*site.lead, self.r, in_))
+        self.B = nn.Buffer(torch.empty(*site.lead, out, self.r))
         p = torch.empty(config.u, self.r, self.r)
-        self.register_buffer("P", p, persistent=config.save_projection)
+        self.P = nn.Buffer(p, persistent=config.save_projection)
         self.seed, self.dropout = config.projection_seed, nn.Dropout(config.tinylora_dropout)
 
     def start(self, site: Site) -> None:

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath
-from ..engine.site import Embedding, Site
+from ..config import TargetConfig
+from ..engine import Adapter, Beneath, Embedding, Site
 
 
 @dataclass
-class TrainableTokensConfig(TargetConfig):
+class TrainableTokensConfig(TargetConfig, method="TRAINABLE_TOKENS", peft=""):
     """Rows of the embedding, trained; at both ends where it is tied to the output layer."""
 
     token_indices: list[int] = field(default_factory=list)  # ids of the tokens whose rows train
     init_weights: bool = True  # False: random rows
 
-    METHOD = PeftType.TRAINABLE_TOKENS
     EMBEDDINGS = True
-    BEYOND = beyond("")
-
-    def adapter(self) -> type[Adapter]:
-        return Tokens
 
 
-class Tokens(Adapter):
+class Tokens(Adapter, config=TrainableTokensConfig):
     """Learned rows (n, dim) for n tokens."""
 
-    keys: ClassVar[dict[str, str]] = {"rows": "trainable_tokens_delta"}
+    keys = {"rows": "trainable_tokens_delta"}
     replaces = True
-    indices: Tensor
 
     def __init__(self, config: TrainableTokensConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -49,7 +40,7 @@ class Tokens(Adapter):
             )
         if not indices or len(set(indices)) < len(indices):
             raise ValueError(f"token_indices must name a token at least, and each once: {indices}")
-        self.register_buffer("indices", torch.tensor(indices), persistent=False)
+        self.indices = nn.Buffer(torch.tensor(indices), persistent=False)
         self.random = not config.init_weights
         self.rows = nn.Parameter(torch.empty(len(indices), dim))
 

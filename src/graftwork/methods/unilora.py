@@ -7,43 +7,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import LowRank, Shared, Site
+from ..fields import probability, whole
 
 
 @dataclass
-class UniLoraConfig(TargetConfig):
+class UniLoraConfig(TargetConfig, method="UNILORA", peft="fan bias save layers"):
     """One trained vector for the whole model."""
 
-    r: int = 4  # rank
+    r: int = whole(4)  # rank
     proj_seed: int = 42  # seed of the places
-    theta_d_length: int = 256  # length of theta
-    unilora_dropout: float = 0.0  # probability, on the input, in training
+    theta_d_length: int = whole(256)  # length of theta
+    unilora_dropout: float = probability(0.0)  # probability, on the input, in training
     init_theta_d_bound: float = 0.02  # theta starts between -bound and bound; not the base
     init_weights: bool = True  # False: theta starts normal
     save_indices: bool = False  # False: a reader draws the places again, at the same layers
 
-    METHOD = PeftType.UNILORA
-    TARGETS = defaults.LORA
-    BEYOND = beyond("fan bias save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_rank(self.theta_d_length, "theta_d_length")
-        check_probability(self.unilora_dropout, "unilora_dropout")
         if self.init_theta_d_bound <= 0:
             raise ValueError(f"init_theta_d_bound={self.init_theta_d_bound} must be above 0")
-
-    def adapter(self) -> type[Adapter]:
-        return UniLoRA
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Theta(self, sites)
@@ -64,7 +52,7 @@ def drawn(seed: int, length: int, count: int) -> Tensor:
 class Theta(Shared):
     """theta (length,); and, until the layers take them, their places in it and the scales there."""
 
-    keys: ClassVar[dict[str, str]] = {"theta": "unilora_theta_d"}
+    keys = {"theta": "unilora_theta_d"}
 
     def __init__(self, config: UniLoraConfig, sites: Sequence[Site]) -> None:
         super().__init__()
@@ -94,10 +82,10 @@ def shapes_of(config: UniLoraConfig, site: Site) -> tuple[tuple[int, ...], tuple
     return (*site.lead, r, in_), (*site.lead, out, r)
 
 
-class UniLoRA(LowRank):
+class UniLoRA(LowRank, config=UniLoraConfig):
     """Where A (..., r, in) and B (..., out, r) are in theta, and 1 / sqrt(n) there."""
 
-    keys: ClassVar[dict[str, str]] = {
+    keys = {
         "places_A": "unilora_indices_A", "scale_A": "unilora_scales_A",
         "places_B": "unilora_indices_B", "scale_B": "unilora_scales_B",
     }  # fmt: skip

@@ -6,41 +6,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Site
-from . import defaults
+from ..config import TargetConfig
+from ..engine import Adapter, LowRank, Shared, Site
+from ..fields import probability, whole
 
 
 @dataclass
-class VBLoRAConfig(TargetConfig):
+class VBLoRAConfig(TargetConfig, method="VBLORA", peft="exclude fan bias save layers"):
     """Low-rank factors put together from a bank of short vectors."""
 
-    r: int = 4  # rank
-    num_vectors: int = 256  # in the bank
-    vector_length: int = 256  # of each; a side that it does not divide leaves the last one's end
-    topk: int = 2  # how many vectors are mixed
+    r: int = whole(4)  # rank
+    num_vectors: int = whole(256)  # in the bank
+    vector_length: int = whole(256)  # of each; the last one's end may be left over
+    topk: int = whole(2)  # how many vectors are mixed
     save_only_topk_weights: bool = False  # True: a small file, from which one cannot train on
-    vblora_dropout: float = 0.0  # probability, on the input, in training
+    vblora_dropout: float = probability(0.0)  # probability, on the input, in training
     init_vector_bank_bound: float = 0.02  # the bank starts between -bound and bound
     init_logits_std: float = 0.1  # of the normal that logits start from; not the base
 
-    METHOD = PeftType.VBLORA
-    TARGETS = defaults.VBLORA
-    BEYOND = beyond("exclude fan bias save layers")
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            check_rank(getattr(self, name), name)
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} is more than num_vectors={self.num_vectors}")
-        check_probability(self.vblora_dropout, "vblora_dropout")
 
     def adapter(self) -> type[Adapter]:
         from .vblora_brief import Brief
@@ -54,7 +45,7 @@ class VBLoRAConfig(TargetConfig):
 class Bank(Shared):
     """v (vectors, length)."""
 
-    keys: ClassVar[dict[str, str]] = {"v": "vblora_vector_bank"}
+    keys = {"v": "vblora_vector_bank"}
 
     def __init__(self, config: VBLoRAConfig) -> None:
         super().__init__()
@@ -68,7 +59,7 @@ class Bank(Shared):
 class VBLoRA(LowRank):
     """Logits A (..., r, pieces of inputs, vectors) and B (..., pieces of outputs, r, vectors)."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "vblora_logits_A", "B": "vblora_logits_B"}
+    keys = {"A": "vblora_logits_A", "B": "vblora_logits_B"}
     stacked = True
 
     def __init__(self, config: VBLoRAConfig, site: Site, shared: Bank) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..engine.site import Site
+from ..engine import Site
 from .lora import LoRA
 from .lora_config import LoraConfig
 
@@ -21,13 +21,11 @@ class VeLoRA(LoRA):
     convolution, an embedding, a weight that is only folded) the gradient is exact.
     """
 
-    v: Tensor
-
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.options, self.averaged = config.velora_config, False
-        self.keys = {**self.keys, "v": "lora_velora_embed"}  # type: ignore[misc]
-        self.register_buffer("v", torch.zeros(-(-site.shape[1] // self.options.num_groups)))
+        self.keys = {**self.keys, "v": "lora_velora_embed"}
+        self.v = nn.Buffer(torch.zeros(-(-site.shape[1] // self.options.num_groups)))
 
     def start(self, site: Site) -> None:
         super().start(site)

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_probability, check_rank
-from ..engine.adapter import Adapter, LowRank, Shared
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import LowRank, Shared, Site
+from ..fields import probability, whole
 from ..inits.drawn import kaiming
-from . import defaults
 
 
 @dataclass
-class VeraConfig(TargetConfig):
+class VeraConfig(TargetConfig, method="VERA", peft="fan bias save layers"):
     """Two learned vectors a layer around shared random projections."""
 
-    r: int = 256  # rank; of the shared projections
+    r: int = whole(256)  # rank; of the shared projections
     projection_prng_key: int = 0  # seed of the projections
     save_projection: bool = True  # False: a reader draws them again from the seed
-    vera_dropout: float = 0.0  # probability, on the input, in training
+    vera_dropout: float = probability(0.0)  # probability, on the input, in training
     d_initial: float = 0.1  # starting value of d
     init_weights: bool = True  # PEFT's switch; b starts at zero in any case
-
-    METHOD = PeftType.VERA
-    TARGETS = defaults.PHI_QV
-    BEYOND = beyond("fan bias save layers")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rank(self.r, "r")
-        check_probability(self.vera_dropout, "vera_dropout")
-
-    def adapter(self) -> type[Adapter]:
-        return VeRA
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Projections(self, max(s.shape[0] for s in sites), max(s.shape[1] for s in sites))
@@ -46,21 +32,19 @@ class VeraConfig(TargetConfig):
 class Projections(Shared):
     """A (r, widest input) and B (widest output, r), drawn on the CPU: A first, then B."""
 
-    keys: ClassVar[dict[str, str]] = {"A": "vera_A", "B": "vera_B"}
-    A: Tensor
-    B: Tensor
+    keys = {"A": "vera_A", "B": "vera_B"}
 
     def __init__(self, config: VeraConfig, out: int, in_: int) -> None:
         super().__init__()
         a, b = kaiming(config.projection_prng_key, (config.r, in_), (out, config.r))
-        self.register_buffer("A", a, persistent=config.save_projection)
-        self.register_buffer("B", b, persistent=config.save_projection)
+        self.A = nn.Buffer(a, persistent=config.save_projection)
+        self.B = nn.Buffer(b, persistent=config.save_projection)
 
 
-class VeRA(LowRank):
+class VeRA(LowRank, config=VeraConfig):
     """b (out,) and d (r,); b is zero at the start."""
 
-    keys: ClassVar[dict[str, str]] = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
+    keys = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
 
     def __init__(self, config: VeraConfig, site: Site, shared: Projections) -> None:
         super().__init__(config, site, shared)

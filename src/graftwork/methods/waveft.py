@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import PeftType, TargetConfig, beyond, check_choice, check_rank
-from ..engine.adapter import Adapter, Shared
-from ..engine.site import Site
+from ..config import TargetConfig
+from ..engine import Shared, Site
 from ..errors import warn
+from ..fields import check_choice, whole
 from ..inits.drawn import positions
-from . import defaults
 from .sparse import Sparse
 from .wavelets import FAMILIES, filters, inverse
 
 
 @dataclass
-class WaveFTConfig(TargetConfig):
+class WaveFTConfig(TargetConfig, method="WAVEFT", peft="exclude fan bias save layers"):
     """Some coefficients of the update's wavelet transform."""
 
-    n_frequency: int = 2592  # how many coefficients train
+    n_frequency: int = whole(2592)  # how many coefficients train
     scaling: float = 25.0  # s
     wavelet_family: str = "db1"  # db1-38, sym2-20, coif1-17; others than db1 need PyWavelets
     use_idwt: bool = True  # False: W + s S
@@ -32,23 +31,16 @@ class WaveFTConfig(TargetConfig):
     proportional_parameters: bool = False  # n_frequency is the mean; a layer's n goes by its size
     init_weights: bool = True  # False: not zero at the start
 
-    METHOD = PeftType.WAVEFT
-    PATTERNS: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
-    TARGETS = defaults.C_PROJ
-    BEYOND = beyond("exclude fan bias save layers")
+    PATTERNS = {"n_frequency_pattern": "n_frequency"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.n_frequency, "n_frequency")
         check_choice(self.wavelet_family, "wavelet_family", FAMILIES)
         if self.wavelet_family == "coif4" and self.use_idwt:
             warn(
                 "PEFT 0.21's filter for 'coif4' is no coiflet: an adapter that was trained with "
                 "PEFT gives other answers here, and the other way round; 'coif3' is the same"
             )
-
-    def adapter(self) -> type[Adapter]:
-        return WaveFT
 
     def share(self, sites: Sequence[Site]) -> Shared | None:
         return Budget(self.n_frequency, sites) if self.proportional_parameters else None
@@ -68,11 +60,10 @@ class Budget(Shared):
         return max(1, round(math.prod(site.shape) / self.weights * self.sum))
 
 
-class WaveFT(Sparse):
+class WaveFT(Sparse, config=WaveFTConfig):
     """v (n,), the entries of S: four subbands, padded by what the inverse transform cuts off."""
 
-    keys: ClassVar[dict[str, str]] = {"v": "waveft_spectrum"}
-    f: Tensor | None  # (2, taps)
+    keys = {"v": "waveft_spectrum"}
 
     def __init__(self, config: WaveFTConfig, site: Site, shared: Budget | None = None) -> None:
         n = shared.at(site) if shared else config.n_frequency
@@ -85,8 +76,8 @@ class WaveFT(Sparse):
             i, j = at // in_ + (rows - out) // 2, at % in_ + (cols - in_) // 2
             y, x = rows // 2, cols // 2  # PEFT's file has the two mixed subbands exchanged
             at = (i % y + j // x * y) * cols + j % x + i // y * x
-        self.register_buffer("at", at, persistent=False)
-        self.register_buffer("f", f, persistent=False)
+        self.at = nn.Buffer(at, persistent=False)
+        self.f = None if f is None else nn.Buffer(f, persistent=False)  # (2, taps)
         self.scale, self.zero = config.scaling, config.init_weights
 
     def start(self, site: Site) -> None:

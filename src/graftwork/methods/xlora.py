@@ -7,15 +7,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import OPTIONAL, PeftType, TargetConfig, check_probability, check_rank
-from ..engine.adapter import Adapter
-from ..engine.host import Beneath, Host
+from ..config import OPTIONAL, TargetConfig
+from ..engine import Adapter, Beneath, Host, Site
 from ..engine.root import Grafted
-from ..engine.site import Site
+from ..fields import probability, whole
 from ..files import nested
 from ..targets.offer import Offer
 from . import xlora_experts as disk
@@ -24,7 +23,7 @@ from .xlora_verbs import VERBS
 
 
 @dataclass
-class XLoraConfig(TargetConfig):
+class XLoraConfig(TargetConfig, method="XLORA"):
     """Trained LoRAs, mixed for each token; they stand in the order of their names."""
 
     hidden_size: int | None = None  # of the model's last hidden state; None: the model's config
@@ -32,30 +31,23 @@ class XLoraConfig(TargetConfig):
     enable_softmax: bool = True  # the scalings of all experts add up to one
     enable_softmax_topk: bool = False  # those of the chosen ones do
     layerwise_scalings: bool = False  # each layer has scalings of its own
-    xlora_depth: int = 1  # linear layers of the classifier
-    xlora_size: int = 2048  # width between them
-    xlora_dropout_p: float = 0.2  # probability, in training, between them
+    xlora_depth: int = whole(1)  # linear layers of the classifier
+    xlora_size: int = whole(2048)  # width between them
+    xlora_dropout_p: float = probability(0.2)  # probability, in training, between them
     use_trainable_adapters: bool = False  # the experts train too
     softmax_temperature: float = 1.0  # of the softmax over experts; lower is sharper
     top_k_lora: int | None = None  # so many experts a token; None: all
     scaling_pass_value: float = 0.0  # every scaling in the first pass
     global_scaling_weight: float = 1.0  # g
 
-    METHOD = PeftType.XLORA
     BEYOND = OPTIONAL
     OFFERS = VERBS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.xlora_depth, "xlora_depth")
-        check_rank(self.xlora_size, "xlora_size")
-        check_probability(self.xlora_dropout_p, "xlora_dropout_p")
         self.adapters = nested.in_order(self.adapters or {})
         self.nested: dict[str, tuple[str, str]] = {}  # where the experts are that came with it
         self.experts: list[disk.Expert] = []
-
-    def adapter(self) -> type[Adapter]:
-        return XLoRA
 
     def found(self, source: Any) -> dict[str, Tensor]:
         self.nested = nested.within(source, self.adapters)
@@ -84,10 +76,10 @@ class XLoraConfig(TargetConfig):
     folders, fill = disk.folders, disk.fill
 
 
-class XLoRA(Adapter):
+class XLoRA(Adapter, config=XLoraConfig):
     """The experts that have factors at this layer, by their number."""
 
-    FORBIDS: ClassVar[dict[str, str]] = {"merge": "its mixture depends on the input"}
+    FORBIDS = {"merge": "its mixture depends on the input"}
     ready = True
 
     def __init__(self, config: XLoraConfig, site: Site, shared: Classifier) -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.host import Beneath
+from ..engine import Beneath, Site
 from ..engine.root import Grafted
-from ..engine.site import Site
 from ..errors import StateError, TargetError
 from ..hooks import need_all
 from .xlora_verbs import Verbs
@@ -44,7 +43,7 @@ class Classifier(Verbs):
             layers += [nn.ReLU(), *drop] if layers else []
             layers.append(nn.Linear(a, b))
         self.layers = nn.Sequential(*layers)
-        self.keys = {k: FRONT + k.removeprefix("layers.") for k in self.state_dict()}  # type: ignore
+        self.keys = {k: FRONT + k.removeprefix("layers.") for k in self.state_dict()}
 
     def before(self, root: Grafted, name: str, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Read the scalings off the last hidden state of the model with a constant scaling."""

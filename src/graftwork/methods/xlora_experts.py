@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import PeftConfig
-from ..engine.adapter import Adapter
-from ..engine.site import Site
+from ..engine import Adapter, Site
 from ..engine.tree import hosts, parameters
 from ..errors import FileError, TargetError
 from ..files import codec, folder

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..engine.adapter import Shared
+from ..engine import Shared
 
 if TYPE_CHECKING:
     from .xlora import XLoraConfig

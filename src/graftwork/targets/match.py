@@ -14,6 +14,7 @@ from ..config import TargetConfig, pattern_matches
 from ..engine.site import Conv1D, Site, kind_of
 from ..engine.tree import inside
 from ..errors import POLICY, TargetError, did_you_mean, nearest, warn
+from .defaults import TARGETS
 from .offer import Offer, Target, leaf
 
 ALL_LINEAR = "all-linear"
@@ -185,7 +186,7 @@ def usual(offer: Offer, config: TargetConfig) -> Any:
     """PEFT's choice for an architecture that it knows, the repeated blocks for others."""
     if config.EMBEDDINGS:
         return {offer.input_embedding()}
-    known = config.TARGETS.get(offer.model_type)
+    known = TARGETS.get(config.method, {}).get(offer.model_type)
     if isinstance(known, str):
         return known
     if known and (present := {entry for entry in known if offer.ending_with(entry)}):

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..methods.whole import Copy
+from ..parts.whole import Copy
 from . import base
 from .recipe import Recipe
 from .samples import ByLength, Samples, collate

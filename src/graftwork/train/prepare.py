@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..methods.whole import Copy
 from ..model.peft_model import PeftModel
 from ..model.tasks import get_peft_model
+from ..parts.whole import Copy
 from . import base, corpus, options, plan
 from .corpus import Corpus
 from .plan import Plan

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import check_probability, check_rank
 from ..engine.site import Standing, kind_of
 from ..engine.switch import Switch
 from ..errors import StateError
+from ..fields import check_probability, check_rank
 from ..targets.offer import Offer
 from .factored import Factored, joined, of_dense
 from .sites import Place, insert, updates_of

@@ -23,7 +23,7 @@ from ..errors import StateError
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
 from ..methods.tokens import Tokens
-from ..methods.whole import Bias, Whole
+from ..parts.whole import Bias, Whole
 from .factored import Factored, of_dense
 
 PADDING = 1.25  # ranks are made equal by zeros where that costs no more than this factor

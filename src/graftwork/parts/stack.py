@@ -52,7 +52,7 @@ class Stack(Adapter):
         also = () if shared is None else (shared,)
         every = [kind(config, one, *also) for one in self.slices(site)]
         self.every = nn.ModuleList(every)
-        self.replaces, self.FORBIDS = every[0].replaces, every[0].FORBIDS  # type: ignore[misc]
+        self.replaces, self.FORBIDS = every[0].replaces, every[0].FORBIDS
         self.scale, self.skip = every[0].scale, every[0].skip
 
     def slices(self, site: Site) -> list[Slice]:

@@ -13,8 +13,8 @@ from ..engine.module import part_key
 from ..engine.plan import ABOVE, BENEATH, Slot, at
 from ..engine.site import ParameterSite, kind_of
 from ..errors import StateError
+from ..targets.experts import spell_out
 from ..targets.match import Match, within
-from .experts import spell_out
 from .whole import Bias, Copy, Whole
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _saved(match: Match) -> Iterator[Slot]:
 
 
 def _tokens(match: Match) -> Iterator[Slot]:
-    from .tokens import TrainableTokensConfig
+    from ..methods.tokens import TrainableTokensConfig
 
     field = "trainable_token_indices"
     wanted = match.config.trainable_token_indices

@@ -92,7 +92,7 @@ class Whole(Adapter):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site, self.value = site, nn.Parameter(site.raw.detach().clone())
-        self.keys = {"value": site.parameter.rpartition(".")[2]}  # type: ignore[misc]
+        self.keys = {"value": site.parameter.rpartition(".")[2]}
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.site.to_matrix(self.value), b

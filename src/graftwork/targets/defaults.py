@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _GEMMA4 = r".*language_model\..*\.(q_proj|v_proj)"
 _QV = ["q_proj", "v_proj"]
 _QKV = ["query_key_value"]
@@ -146,4 +148,24 @@ BOTTLENECK: dict[str, list[str] | str] = {
         "llama mistral gemma gemma2 gemma3_text qwen2 qwen3".split(), ["o_proj", "down_proj"]
     ),
     "vit": ["o_proj", "fc2"],
+}
+
+_LIKE_LORA = (
+    "LORA BOFT DEFT DELORA GLORA GRALORA HIRA HRA LILY LOHA LOKR MISS OFT PEANUT POLY PSOFT "
+    "RANDLORA ROAD SUPERTUNING TINYLORA UNILORA"
+)
+TARGETS: dict[str, dict[str, Any]] = {  # method -> what it adapts in which architecture
+    **dict.fromkeys(_LIKE_LORA.split(), LORA),
+    **dict.fromkeys(["C3A", "FOURIERFT", "WAVEFT"], C_PROJ),
+    **dict.fromkeys(["SHIRA", "VERA"], PHI_QV),
+    "ADALORA": ADALORA,
+    "ADAMSS": ADAMSS,
+    "BEFT": BEFT,
+    "BOTTLENECK": BOTTLENECK,
+    "FROD": FROD,
+    "IA3": IA3,
+    "LN_TUNING": LN_TUNING,
+    "OSF": OSF,
+    "PVERA": {**PHI_QV, "dinov2": ["query", "value"]},
+    "VBLORA": VBLORA,
 }

@@ -1,0 +1,118 @@
+"""Fields of configs that say themselves what they may be: ``r: int = whole(8)``.
+
+A config checks them when it is made, by the engine's own hand; the default is always allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, fields
+from typing import Any
+
+from .errors import did_you_mean
+
+Check = Callable[[Any, str], None]
+
+
+def checked(default: Any, check: Check) -> Any:
+    """A field with a default, and what refuses other values: ``check(value, name)``."""
+    return field(default=default, metadata={"check": check})
+
+
+def whole(default: Any) -> Any:
+    """A whole number from 1 on."""
+    return checked(default, check_rank)
+
+
+def probability(default: Any) -> Any:
+    """A number from 0 to below 1."""
+    return checked(default, check_probability)
+
+
+def positive(default: Any) -> Any:
+    """A number above 0."""
+    return checked(default, check_positive)
+
+
+def not_negative(default: Any) -> Any:
+    """A number from 0 on."""
+    return checked(default, lambda value, name: check_positive(value, name, or_zero=True))
+
+
+def choice(default: Any, *others: Any) -> Any:
+    """One of some values, the default first."""
+    every = (default, *others)
+    check = lambda value, name: check_choice(value, name, every)  # noqa: E731
+    return field(default=default, metadata={"check": check, "choices": every})
+
+
+def options(kind: type[Options]) -> Any:
+    """None, or a config within the config: an object of ``kind``, or a dictionary out of a file."""
+    return field(default=None, metadata={"options": kind})
+
+
+def check_fields(config: Any) -> None:
+    """Refuse the first value of a config that its field does not allow.
+
+    Raises:
+        ValueError: which field, what it holds, and what it may be.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if (check := f.metadata.get("check")) and (value != f.default or value is True):
+            check(value, f.name)
+        if (kind := f.metadata.get("options")) and value is not None:
+            setattr(config, f.name, kind.of(value))
+
+
+class Options:
+    """A config within a config, such as that of a start or of a variant."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def of(cls, given: Any) -> Any:
+        """What stands in such a field: one of these, a dictionary out of a file, or nothing.
+
+        Raises:
+            TypeError: it is something else.
+        """
+        if isinstance(given, cls):
+            return given
+        if given and not isinstance(given, Mapping):
+            raise TypeError(f"a {type(given).__name__} stands where a {cls.__name__} is expected")
+        every: Any = fields(cls)  # type: ignore[arg-type]
+        found = {f.name: given[f.name] for f in every if f.name in (given or {})}
+        made = cls(**{f.name: found.pop(f.name) for f in every if f.init and f.name in found})
+        for name, value in found.items():
+            setattr(made, name, value)
+        return made
+
+
+def check_rank(value: Any, name: str) -> None:
+    """Refuse a rank that is not a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
+    if value <= 0:
+        raise ValueError(f"{name} must be at least 1, not {value}; try {name}=8")
+
+
+def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        near = did_you_mean(str(value), [str(one) for one in choices])
+        raise ValueError(f"{name}={value!r} is not known{near}; it is one of {list(choices)}")
+
+
+def check_probability(value: Any, name: str) -> None:
+    """Refuse what is no probability below 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{name} is a probability below 1, not {value!r}")
+
+
+def check_positive(value: Any, name: str, or_zero: bool = False) -> None:
+    """Refuse what is no number above zero."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or value < 0 or (value == 0 and not or_zero):
+        raise ValueError(f"{name}={value!r} must be a number {'from' if or_zero else 'above'} zero")
