@@ -242,8 +242,8 @@ def matrix() -> str:
     """The matrix, in three tables."""
     about = (
         f"{capabilities.summary()} In each cell graftwork's sign, then PEFT's: `+` yes, `~` in "
-        "part, `.` no, `x` impossible, `-` without a meaning or not there. Without a row, but "
-        f"tested: {', '.join(capabilities.set_apart())}. `graft methods --matrix` prints it."
+        f"part, `.` no, `x` impossible, `-` without a meaning or not there. {capabilities.STARTS} "
+        "`graft methods --matrix` prints it."
     )
     lines = ["## What each can do", "", para(about)]
     rows = [row for names in capabilities.rows().values() for row in names]

@@ -23,6 +23,7 @@ import importlib.util  # noqa: E402
 import peft  # noqa: E402
 import peft.tuners.lora.layer  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.helpers import MontecloraTrainerMixin  # noqa: E402, F401
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft.utils import ModulesToSaveWrapper  # noqa: E402

@@ -32,6 +32,8 @@ def answer(model: Any) -> torch.Tensor:
 
 
 for name, entry in ROWS.items():
+    if name == "Arrow":  # for what has no tensors of its own transformers writes no file
+        continue
     call = {key: value[:2] for key, value in entry.call.items()}
     try:
         with warnings.catch_warnings():
@@ -41,14 +43,17 @@ for name, entry in ROWS.items():
             with torch.no_grad():
                 base = build(kind)(input_ids=IDS).logits
             config = entry.at(["q_proj", "down_proj"])
-            if name in ("TRAINABLE_TOKENS", "BITFIT"):
+            if name in ("TRAINABLE_TOKENS", "BITFIT", "SHADOW"):
                 config.target_modules = None
             model: Any = build(kind)
+            entry.setup.before(model, config, IDS)
             model.add_adapter(config, "one")
+            entry.setup.after(model, "one", IDS)
             shake(model)
             want = answer(model.eval())
             model.save_pretrained(folder / name)
             loaded: Any = build(kind)
+            entry.setup.before(loaded, config, IDS)
             info = loaded.load_adapter(str(folder / name), "two")
             got = answer(loaded.eval())
             loaded.disable_adapters()

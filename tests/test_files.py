@@ -323,8 +323,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown type": (lambda f: edit(f, peft_type="NEW"), "of the method 'NEW'"),
     "an unknown field": (lambda f: edit(f, use_doraa=True), "did you mean 'use_dora'"),
     "an option that is not here": (
-        lambda f: edit(f, layer_replication=[[0, 1]]),
-        "have layer_replication",
+        lambda f: edit(f, megatron_config={"size": 2}),
+        "have megatron_config",
     ),
     "a bad value": (lambda f: edit(f, r=0), "cannot be used: r must be at least 1"),
     "cut weights": (

@@ -17,13 +17,8 @@ SOURCE = Path(graftwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 SEVERAL = {  # what brings more than a formula; none over 200
     "adalora.py": 150,  # its schedule
-    "lora_config.py": 165,  # the options of all variants
-    "lily.py": 130,  # tensors shared in two ways
-    "bottleneck.py": 130,  # where it goes in a model
-    "arrow.py": 160,  # building a model of saved adapters
-    "shadow.py": 135,
-    "shadow_side.py": 200,  # a model beside the model
-    "defaults.py": 155,  # tables
+    "lora_config.py": 150,  # the options of all variants
+    "arrow.py": 130,  # building a model of saved adapters
 }
 HEAVY = "torch transformers numpy safetensors huggingface_hub accelerate datasets peft".split()
 
@@ -70,9 +65,9 @@ def test_rooms_stay_small(path: Path) -> None:
 
 def test_a_method_is_a_small_file() -> None:
     methods = [lines(path) for path in (SOURCE / "methods").glob("*.py")]
-    assert sorted(methods)[len(methods) // 2] < 100
+    assert sorted(methods)[len(methods) // 2] < 90
     rooms = ("methods", "inits", "optim")
-    assert sum(lines(path) for room in rooms for path in (SOURCE / room).glob("*.py")) < 8700
+    assert sum(lines(path) for room in rooms for path in (SOURCE / room).glob("*.py")) < 6500
 
 
 def test_the_engine_stays_small_and_knows_nobody() -> None:

@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from graftwork.testing import laws
-from graftwork.testing.bench import Bench, close
-from specs import CASES, MAIN, METHODS
+from graftwork.testing.bench import Setup, close
+from graftwork.testing.entry import IDS
+from graftwork.testing.layers import Kind
+from specs import CASES, MAIN, METHODS, bench
+from specs.shadow import blocks
 
 COMPILED = [(m, k) for m, k in CASES if m in MAIN]
 FAMILIES = [m for m in MAIN if m in ("lora", "dora", "adalora", "ia3", "tokens", "vera", "loha")]
+EVERY = [*MAIN, "arrow", "xlora"]
 PAIRS = [
     (a, b, k)
-    for k in ("linear", "conv2d", "conv2d_groups", "embedding", "attention", "experts")
-    for a, b in itertools.product(*[MAIN if k == "linear" else FAMILIES] * 2)
+    for k in ("linear", "linear_3d", "conv2d", "conv2d_groups", "embedding", "attention", "experts")
+    for a, b in itertools.product(*[EVERY if k.startswith("linear") else FAMILIES] * 2)
     if METHODS[a].applies(k) and METHODS[b].applies(k) and (a, b) != ("tokens", "tokens")
+    if k != "linear_3d" or "xlora" in (a, b)  # which scales tokens, so there have to be some
 ]
 DROPOUTS = [
     (m, f.name)
@@ -28,12 +34,10 @@ DROPOUTS = [
     for f in fields(METHODS[m].config())
     if "dropout" in f.name and f.type in ("float", "float | None")
 ]
+LAYERS_OF_BLOCKS = Kind(
+    blocks, IDS, "a layer of each block", fields={"target_modules": {"q_proj"}}, whole=True
+)
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
-
-
-def bench(kind: str, *methods: str) -> Bench:
-    call = {key: value for m in methods for key, value in METHODS[m].call.items()}
-    return Bench(kind, [METHODS[m].config() for m in methods], call)
 
 
 @pytest.mark.parametrize("law", laws.LAWS)
@@ -57,6 +61,12 @@ def test_start(method: str, kind: str) -> None:
 @pytest.mark.parametrize("method, kind", COMPILED)
 def test_compiles(method: str, kind: str) -> None:
     laws.compiles_without_graph_breaks(bench(kind, method))
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_report_has_a_row_for_each_layer(method: str) -> None:
+    report = bench(METHODS[method].kinds[0], method).model().adapters()
+    assert "a0" in {row.adapter for row in report} and "a0" in str(report)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,3 +96,15 @@ def test_two_active_adapters_are_one_folded_weight(a: str, b: str, kind: str) ->
 @pytest.mark.parametrize("a, b, kind", PAIRS)
 def test_each_row_of_a_mixed_batch_is_as_alone(a: str, b: str, kind: str) -> None:
     laws.mixes_in_a_batch(bench(kind, a, b))
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY if METHODS[m].applies("linear_3d")])
+def test_a_shadow_over_the_blocks_lives_with_every_other(method: str) -> None:
+    for law in (laws.stacks_with_another, laws.mixes_in_a_batch):
+        both = bench(LAYERS_OF_BLOCKS, "shadow", method)
+        both.setups = [Setup(before=at_blocks), both.setup(1)]
+        law(both)
+
+
+def at_blocks(model: nn.Module, config: Any, x: Tensor) -> None:
+    config.target_modules = None

@@ -185,6 +185,78 @@ def test_kasa_penalty_is_pefts(tmp_path: Path) -> None:
     assert float(schedule.penalty()) == pytest.approx(want, rel=1e-5)
 
 
+def _penalty(model: Any) -> Any:
+    return model._get_kasa_loss()
+
+
+def _loss(model: Any, labels: bool) -> torch.Tensor:
+    """The loss that the model computes, or one that the program makes of the logits."""
+    out = model(input_ids=IDS, labels=IDS if labels else None)
+    return out.loss if labels else out.logits.square().mean()
+
+
+def _own(model: Any) -> torch.Tensor:
+    """With labels, and yet a loss of the program's own."""
+    return model(input_ids=IDS, labels=IDS).logits.square().mean()
+
+
+# how a program comes to its loss -> that, where the penalty is in it by the engine alone
+WAYS: dict[str, tuple[Any, Any]] = {
+    "the model's loss": (
+        lambda m: _loss(m, True) + _penalty(m), lambda m: _loss(m, True)
+    ),
+    "asked before": (
+        lambda m: _penalty(m) + _loss(m, True), lambda m: _loss(m, True)
+    ),
+    "its own loss": (
+        lambda m: _loss(m, False) + _penalty(m), lambda m: _loss(m, False)
+    ),
+    "its own loss beside labels": (lambda m: _own(m) + _penalty(m), lambda m: _loss(m, False)),
+    "asked to be shown": (
+        lambda m: _loss(m, False) + float(_penalty(m)) * 0, lambda m: _loss(m, False)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program_that_adds_a_penalty_itself_counts_it_once(way: str) -> None:
+    results = []
+    for loss_of in WAYS[way]:
+        model = lora(kasa_config={"beta": 0.5, "gamma": 0.5}).train()
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.01)
+        for _ in range(3):
+            for _ in range(2):  # gradients are accumulated
+                (loss_of(model) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(torch.cat([p.detach().flatten() for p in weights]))
+    torch.testing.assert_close(*results)
+
+
+def test_pefts_names_of_the_penalties(tmp_path: Path) -> None:
+    peft: Any = pytest.importorskip("peft")
+    model = lora(kasa_config={"beta": 0.3, "gamma": 0.2}).train()
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+    want = float(theirs._get_kasa_loss())
+    for call in ({}, {"adapter_names": "default"}, {"adapter_names": ["default", "other"]}):
+        for owner in (model, model.base_model):
+            assert float(owner._get_kasa_loss(**call)) == pytest.approx(want, rel=1e-5)
+    assert model._get_monteclora_loss() == theirs._get_monteclora_loss() == 0.0
+    assert model._get_kasa_loss("other") == 0.0
+    bare = float(model.eval()(input_ids=IDS, labels=IDS).loss)
+    model = lora(kasa_config={"beta": 0.3, "gamma": 0.2}).train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert float(loss) == pytest.approx(bare + want, rel=1e-4)
+    rest = model._get_kasa_loss()
+    assert float(rest) == 0 and not rest.requires_grad, "the model's loss has it"
+    model = lora(monteclora_config={"kl_loss_weight": 0.1, "sample_scaler": 0.0}).train()
+    assert float(model._get_monteclora_loss()) > 0 and model._get_kasa_loss() == 0.0
+    plain = lora()
+    assert plain._get_kasa_loss() == plain.base_model._get_monteclora_loss() == 0.0
+
+
 def test_monteclora_samples_in_training_alone() -> None:
     model = lora(monteclora_config={"sample_scaler": 1.0, "num_samples": 3})
     torch.testing.assert_close(logits(model), logits(model))
@@ -272,3 +344,23 @@ def test_a_config_file_brings_the_options_back(tmp_path: Path) -> None:
     loaded: Any = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
     assert loaded.peft_config["default"].kasa_config.beta == 0.5
     assert loaded.base_model.switch.schedules
+
+
+def test_arrow_follows_the_adapters_that_it_goes_through(saved: list[str], tmp_path: Path) -> None:
+    """Other values in a task's adapter are routed by their own direction."""
+    model = create_arrow_model(build("llama"), saved[:2], ArrowConfig(top_k=1, rng_seed=0)).eval()
+    before = logits(model)
+    model.hotswap_adapter(saved[2], "task_1")
+    other = create_arrow_model(
+        build("llama"), [saved[0], saved[2]], ArrowConfig(top_k=1, rng_seed=0)
+    ).eval()
+    assert not torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-5)
+
+
+def test_arrow_goes_through_starts_that_are_taken_away(tmp_path: Path) -> None:
+    model = get_peft_model(build("llama"), LoraConfig(r=2, init_lora_weights="pissa"))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    arrow = create_arrow_model(build("llama"), [str(tmp_path)], ArrowConfig()).eval()
+    torch.testing.assert_close(logits(arrow), logits(model.eval()), rtol=1e-4, atol=1e-5)

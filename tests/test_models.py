@@ -259,6 +259,24 @@ def test_switching_compiles_once_for_each_choice() -> None:
     assert counter.frame_count == 3
 
 
+def test_compiled_code_sees_the_first_choice_that_a_thread_makes() -> None:
+    wrapped, got = adapted("llama", "lora"), []
+    base = run(build("llama"), "llama")
+
+    def work() -> None:  # in a thread in which no choice was ever made
+        torch._dynamo.reset()
+        compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
+        got.append(run(compiled, "llama"))
+        with wrapped.disable_adapter():
+            got.append(run(compiled, "llama"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(got[0], run(wrapped, "llama"))
+    torch.testing.assert_close(got[1], base)
+
+
 def test_threads_do_not_see_each_others_choice() -> None:
     wrapped = adapted("llama", "lora", "dora", "ia3", "adalora")
     names = ["a0", "a1", "a2", "a3"]

@@ -16,7 +16,7 @@ import graftwork
 from graftwork import LoraConfig, get_peft_model
 from graftwork.engine.site import as_factors
 from graftwork.optim.lorafa import projected
-from graftwork.optim.pairs import pairs
+from graftwork.optim.pairs import pairs, roles
 from graftwork.testing.bench import shake
 from tiny import IDS, build, run
 
@@ -121,27 +121,26 @@ def model_with(targets: str | list[str], name: str = "plain", **options: Any) ->
 @pytest.mark.parametrize("target", ["lin0", "conv1", "conv2", "conv3", "emb"])
 def test_lora_fa_takes_the_nearest_step_of_its_rank(target: str) -> None:
     model = model_with([target])
-    (pair,) = pairs(model)
-    out, in_ = pair.site.shape
+    (part,) = pairs(model)
+    out, in_ = part.site.shape
     g = torch.randn(out, in_, generator=torch.Generator().manual_seed(0))  # of W
-    a, b = as_factors(pair.part.A, pair.part.B, pair.part.lead)
-    s = pair.part.scale
-    g_a, g_b = pair.stored(s * b.mT @ g, s * g @ a.mT)
-    pair.part.A.grad, pair.part.B.grad = g_a.detach(), g_b.detach()
-    new = projected(pair)
-    if pair.embedding:
-        step, onto = s * b @ pair.matrices(new, pair.part.B)[0], b @ torch.linalg.pinv(b) @ g
+    a, b = as_factors(part.A, part.B, part.lead)
+    s = part.scale
+    g_a, g_b = part.site.from_factors(s * b.mT @ g, s * g @ a.mT)
+    part.A.grad, part.B.grad = g_a.detach(), g_b.detach()
+    new = projected(part)
+    if target == "emb":
+        step, onto = s * b @ as_factors(new, part.B, ())[0], b @ torch.linalg.pinv(b) @ g
     else:
-        step, onto = s * pair.matrices(pair.part.A, new)[1] @ a, g @ torch.linalg.pinv(a) @ a
+        step, onto = s * as_factors(part.A, new, ())[1] @ a, g @ torch.linalg.pinv(a) @ a
     torch.testing.assert_close(step, onto, rtol=1e-3, atol=1e-4)
 
 
 def test_lora_fa_freezes_what_is_random_and_trains_the_rest() -> None:
     model = model_with(["emb", "lin0", "conv1"], bias="lora_only", modules_to_save=["head"])
     graftwork.create_lorafa_optimizer(model, r=2, lora_alpha=3, lr=1e-3)
-    frozen = [p for pair in pairs(model) for p in (pair.frozen,) if p.requires_grad]
-    learned = [pair.learned.requires_grad for pair in pairs(model)]
-    assert not frozen and all(learned) and len(learned) == 3
+    trained = [[p.requires_grad for p in roles(part)] for part in pairs(model)]
+    assert trained == [[False, True]] * 3
     assert any(p.requires_grad and p.shape == (5, 16) for p in model.parameters())
 
 
@@ -174,14 +173,11 @@ def test_only_loras_are_preconditioned_and_the_rest_steps_as_usual() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.ones_like(p)
-    grads, factors = (
-        {},
-        [(p.part.A, p.part.B, *p.matrices(p.part.A, p.part.B)) for p in pairs(model)],
-    )
-    for stored_a, stored_b, a, b in factors:
-        eye = torch.eye(2) * 1e-3
-        grads[stored_a] = torch.linalg.inv(b.mT @ b + eye) @ torch.ones_like(a)
-        grads[stored_b] = torch.ones_like(b) @ torch.linalg.inv(a @ a.mT + eye)
+    grads = {}
+    for part in pairs(model):
+        (a, b), eye = as_factors(part.A, part.B, part.lead), torch.eye(2) * 1e-3
+        grads[part.A] = torch.linalg.inv(b.mT @ b + eye) @ torch.ones_like(a)
+        grads[part.B] = torch.ones_like(b) @ torch.linalg.inv(a @ a.mT + eye)
     optimizer.step()
     for p in trained:
         want = grads.get(p, torch.ones_like(p))

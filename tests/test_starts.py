@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graftwork
@@ -28,7 +31,7 @@ from graftwork import (
     preprocess_loraga,
 )
 from graftwork.engine.site import as_factors
-from graftwork.errors import PeftWarning, StateError, TrainingError
+from graftwork.errors import FileError, PeftWarning, StateError, TrainingError
 from graftwork.inits.loftq import NF4, int8, nf4
 from graftwork.testing.bench import shake
 from tiny import build, run
@@ -145,7 +148,7 @@ def test_a_random_choice_of_directions_is_the_same_each_time() -> None:
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"use_rslora": True}])
 def test_the_base_model_stays_as_it_is(how: str, more: dict[str, Any], tmp_path: Path) -> None:
-    """It begins as the base, gives the base back, and loads where the data are there again."""
+    """It begins as the base, gives the base back, and loads without the data."""
     wishes, base = config(graftwork, "llama", how, **more), build("llama")
     weights, modes = copy.deepcopy(base.state_dict()), base.training
     grads = [p.requires_grad for p in base.parameters()]
@@ -162,6 +165,9 @@ def test_the_base_model_stays_as_it_is(how: str, more: dict[str, Any], tmp_path:
     with model.disable_adapter():
         assert torch.equal(run(model, "llama"), before)
     model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(run(again, "llama"), after)
+    start_of(tmp_path).unlink()  # as in a folder of PEFT's
     with pytest.raises(StateError, match=f"init_lora_weights='{how}' starts from data"):
         PeftModel.from_pretrained(build("llama"), tmp_path)
     other = build("llama")
@@ -170,6 +176,128 @@ def test_the_base_model_stays_as_it_is(how: str, more: dict[str, Any], tmp_path:
     torch.testing.assert_close(run(again, "llama"), after, rtol=1e-4, atol=1e-4)
     plain = model.unload()
     assert all(torch.equal(weights[name], t) for name, t in plain.state_dict().items())
+
+
+def start_of(folder: Path) -> Path:
+    (found,) = folder.glob("graftwork_start-*.safetensors")
+    return found
+
+
+@quiet
+@pytest.mark.parametrize("how", ["corda", "lora_ga"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_saved_start_stays_with_its_adapter(
+    how: str, name: str, peft: Any, tmp_path: Path
+) -> None:
+    """PEFT's files are as ever; ours load again, into other names and other starts too."""
+    wishes, base = config(graftwork, name, how), build(name)
+    prepare(how, base, wishes)
+    model = get_peft_model(base, wishes).eval()
+    shake(model)
+    state, after = get_peft_model_state_dict(model), run(model, name)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(state)
+    plainly = peft.LoraConfig.from_pretrained(str(tmp_path))
+    plainly.init_lora_weights = True  # else it wants the data
+    theirs = peft.PeftModel.from_pretrained(build(name), str(tmp_path), config=plainly)
+    read = peft.get_peft_model_state_dict(theirs)
+    assert all(torch.equal(read[key], tensor) for key, tensor in state.items())
+
+    other = build(name)  # whose own data say something else
+    preprocess(how, other, wishes, (BATCH + 9) % 61 + 3)
+    resumed = get_peft_model(other, wishes).eval()
+    assert not torch.equal(run(resumed, name), after)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(run(resumed, name), after)
+    resumed.save_pretrained(tmp_path / "again")
+    assert start_of(tmp_path / "again").read_bytes() == start_of(tmp_path).read_bytes()
+    assert start_of(tmp_path / "again").name == start_of(tmp_path).name
+
+    resumed.add_adapter("plain", LoraConfig(target_modules=TARGETS[name]))
+    for selected, folder in (("plain", tmp_path / "again" / "plain"), ("default", tmp_path)):
+        resumed.save_pretrained(tmp_path / "again", selected_adapters=[selected])
+        assert len(list(folder.glob("graftwork_start-*"))) == (selected == "default")
+    resumed.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="any")
+    assert not list(tmp_path.glob("graftwork_start-*")), "a plain LoRA has no start"
+
+
+def preprocess(how: str, model: nn.Module, wishes: Any, ids: Tensor) -> None:
+    if how == "corda":
+        preprocess_corda(model, wishes, lambda: model(input_ids=ids))
+    else:
+        preprocess_loraga(model, wishes, lambda: model(input_ids=ids, labels=ids).loss.backward())
+
+
+@quiet
+def test_a_saved_start_follows_renamed_layers(tmp_path: Path) -> None:
+    def net(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict({name: nn.Linear(8, 6)}))
+
+    x = torch.randn(5, 8)
+    wishes = LoraConfig(r=2, target_modules=["old"], init_lora_weights="corda")
+    base = net("old")
+    preprocess_corda(base, wishes, lambda: base(x))
+    model = get_peft_model(base, wishes)
+    model.save_pretrained(tmp_path)
+    here = dataclasses.replace(wishes, target_modules=["new"])
+    again = PeftModel.from_pretrained(
+        net("new"), tmp_path, config=here, key_mapping={"^old": "new"}
+    )
+    assert torch.equal(again(x), model(x))
+
+
+@quiet
+def test_a_start_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    wishes, base = config(graftwork, "llama", "corda"), build("llama")
+    prepare("corda", base, wishes)
+    model = get_peft_model(base, wishes).eval()
+    shake(model)
+    model.save_pretrained(tmp_path)
+    start = start_of(tmp_path)
+    good, want = load_file(start), run(model, "llama")
+    first = next(iter(good))
+    assert len(good) == 2 * len(model.base_model.hosts())
+
+    def load(**options: Any) -> Any:
+        other = build("llama")
+        before = {name: t.clone() for name, t in other.state_dict().items()}
+        try:
+            return PeftModel.from_pretrained(other, tmp_path, **options)
+        except (graftwork.FileError, StateError):
+            assert all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+            raise
+
+    save_file({**good, first: torch.zeros(3, 32)}, start)
+    with pytest.raises(
+        graftwork.FileError, match=r"(?s)the start in .* with another shape"
+    ) as told:
+        load()
+    assert f"{first}: (3, 32) in the file" in str(told.value)
+    save_file({**good, "base_model.model.model.embed_tokens.weight": torch.zeros(64, 32)}, start)
+    with pytest.raises(graftwork.FileError, match="1 in the file, but not in the adapter"):
+        load()
+    with pytest.warns(PeftWarning, match="Those tensors did not take effect"):
+        assert torch.equal(run(load(strict="warn"), "llama"), want)
+    save_file({key: tensor for key, tensor in good.items() if key != first}, start)
+    with pytest.raises(graftwork.FileError, match=f"(?s)1 missing in the file.*{first}"):
+        load()
+    with (
+        pytest.warns(PeftWarning, match="missing in the file"),
+        pytest.raises(StateError, match="starts from data, and nothing was noted at"),
+    ):
+        load(strict="warn")
+    start.write_bytes(b"no tensors at all")
+    with pytest.raises(graftwork.FileError, match="is damaged or no safetensors file"):
+        load()
+    save_file(good, start)
+    weights = tmp_path / "adapter_model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        note = file.metadata()["graftwork"].replace(start.name, f"../{tmp_path.name}/{start.name}")
+    save_file(load_file(weights), weights, {"format": "pt", "graftwork": note})
+    with pytest.raises(StateError, match="nothing was noted at"):  # no other folder is looked into
+        load()
 
 
 @quiet
@@ -318,7 +446,7 @@ def test_what_is_wrong_with_data_is_told(tmp_path: Path) -> None:
     ("make", "text"),
     [
         (lambda: EvaConfig(rho=0.5), "rho=0.5 is below 1"),
-        (lambda: EvaConfig(tau=1.5), "tau=1.5 is a cosine"),
+        (lambda: EvaConfig(tau=1.5), "tau=1.5 is above 1"),
         (lambda: CordaConfig(corda_method="ipn"), "did you mean 'ipm'"),
         (lambda: LoraGAConfig(direction="ArB"), "did you mean 'ArBr'"),
         (lambda: LoraGAConfig(scale="stabel"), "did you mean 'stable'"),
@@ -419,6 +547,41 @@ def test_eva_before_the_adapter_and_beside_others() -> None:
         *"AB"
     }
     assert [p.requires_grad for p in model.unload().parameters()] == grads
+
+
+def test_training_that_eva_never_came_to_is_told_once(tmp_path: Path) -> None:
+    ids = torch.randint(0, 10, (8, 6))
+    wishes = LoraConfig(r=2, target_modules=["lin0", "lin1"], init_lora_weights="eva")
+    rows: dict[str, Any] = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
+
+    def steps(model: nn.Module, count: int = 2) -> None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(count):
+            model(ids).square().mean().backward()
+            optimizer.step()
+
+    text = r"initialize_lora_eva_weights was not called, so its 2 layers, such as lin0"
+    plain = get_peft_model(build("plain"), wishes)
+    with pytest.warns(PeftWarning, match=text) as told:
+        steps(plain, 3)
+    assert len(told) == 1
+    steps(plain)  # any other warning would be an error
+
+    started = get_peft_model(build("plain"), wishes)
+    graftwork.initialize_lora_eva_weights(started, [ids], forward_fn=lambda m, x: m(x), **rows)
+    steps(started)
+    started.save_pretrained(tmp_path)
+    steps(PeftModel.from_pretrained(build("plain"), tmp_path, is_trainable=True))
+    filled = get_peft_model(build("plain"), wishes)
+    graftwork.set_peft_model_state_dict(filled, get_peft_model_state_dict(plain))
+    steps(filled)
+
+    beside = get_peft_model(build("plain"), LoraConfig(target_modules=["lin0"]), "other")
+    beside.add_adapter("default", wishes)
+    steps(beside)  # it does not train
+    beside.set_adapter("default")
+    with pytest.warns(PeftWarning, match=text):
+        steps(beside)
 
 
 def test_equal_inputs_are_whitened_once() -> None:
@@ -611,3 +774,45 @@ def test_an_embedding_is_not_quantised() -> None:
     with pytest.warns(PeftWarning, match="'loftq' has no meaning at emb Embedding"):
         model = get_peft_model(build("plain"), loftq)
     torch.testing.assert_close(run(model, "plain"), run(build("plain"), "plain"))
+
+
+def test_a_file_with_another_start_is_not_read_into_an_adapter(tmp_path: Path) -> None:
+    """Its B A stands beside a base from which its start was taken away, or was not."""
+    first = get_peft_model(build("llama"), config(graftwork, "llama", "pissa"))
+    first.save_pretrained(tmp_path)
+    second = get_peft_model(build("llama"), config(graftwork, "llama", True))
+    with pytest.raises(FileError, match="init_lora_weights: 'pissa' there, True here"):
+        second.load_adapter(tmp_path, "default")
+    second.load_adapter(tmp_path, "other")
+
+
+@pytest.mark.parametrize(
+    ("wishes", "where"),
+    [
+        (graftwork.FourierFTConfig(n_frequency=20), "graftwork.methods.fourierft.positions"),
+        (graftwork.WaveFTConfig(n_frequency=20), "graftwork.methods.waveft.positions"),
+        (graftwork.PsoftConfig(r=4, psoft_svd="lowrank"), "torch.svd_lowrank"),
+    ],
+    ids=["fourierft", "waveft", "psoft"],
+)
+def test_what_is_drawn_from_a_seed_is_kept_beside_the_file(
+    wishes: Any, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of torch may draw otherwise; PEFT's file does not change."""
+    wishes.target_modules = ["q_proj", "down_proj"]
+    model = get_peft_model(build("llama"), wishes).eval()
+    shake(model)
+    model.save_pretrained(tmp_path)
+    module, _, name = where.rpartition(".")
+    drawn = getattr(importlib.import_module(module), name)
+
+    def otherwise(*args: Any, **kwargs: Any) -> Any:
+        found = drawn(*args, **kwargs)
+        return found.flip(0) if isinstance(found, Tensor) else [-found[0], *found[1:]]
+
+    monkeypatch.setattr(where, otherwise)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(run(again, "llama"), run(model, "llama"))
+    start_of(tmp_path).unlink()
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert not torch.equal(run(again, "llama"), run(model, "llama")), "it was drawn alike after all"

@@ -276,6 +276,28 @@ def test_other_models(tmp_path: Path) -> None:
         assert not torch.allclose(run(model, name), run(build(name), name))
 
 
+def test_other_experts_are_swapped_in(experts: dict[str, str], tmp_path: Path) -> None:
+    model, folders = mixed(experts), {}
+    for i, targets in enumerate(TARGETS):
+        lora = get_peft_model(build("llama"), LoraConfig(r=2 + i, target_modules=targets))
+        shake(lora, 0.3, seed=7 + i)
+        folders[str(i)] = str(tmp_path / str(i))
+        lora.save_pretrained(folders[str(i)], save_embedding_layers=False)
+    other = mixed(folders)
+    shake(other, 0.3, seed=8)
+    other.save_pretrained(tmp_path / "mix")
+    model.hotswap_adapter(tmp_path / "mix")
+    assert torch.equal(run(model, "llama"), run(other, "llama"))
+    before = run(model, "llama")
+    mixed({"0": folders["0"], "1": folders["0"]}).save_pretrained(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match=r"lacks model\.embed_tokens"):
+        model.hotswap_adapter(tmp_path / "elsewhere")
+    mixed({"0": folders["1"], "1": folders["0"]}).save_pretrained(tmp_path / "other")
+    with pytest.raises(FileError, match="do not both have experts"):
+        model.hotswap_adapter(tmp_path / "other")
+    assert torch.equal(run(model, "llama"), before)
+
+
 def test_errors_name_the_remedy(experts: dict[str, str], tmp_path: Path) -> None:
     base: nn.Module = build("llama")
     names = [name for name, _ in base.named_modules()]
@@ -322,3 +344,14 @@ def test_errors_name_the_remedy(experts: dict[str, str], tmp_path: Path) -> None
     model.add_adapter("1", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(StateError, match="rename_adapter"):
         model.save_pretrained(tmp_path / "both")
+
+
+def test_what_a_config_brings_along_is_saved_with_the_mixture(
+    experts: dict[str, str], tmp_path: Path
+) -> None:
+    model = mixed(experts, modules_to_save=["lm_head"], trainable_token_indices=[1, 3])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(run(again, "llama"), run(model, "llama"))
+    again.load_adapter(tmp_path, "default")
+    assert torch.equal(run(again, "llama"), run(model, "llama"))

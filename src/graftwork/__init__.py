@@ -29,7 +29,8 @@ _WHERE = {  # module -> the public names that it holds
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.updating": "convert_to_lora extract hotswap_adapter hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap save_as_lora",
-    "methods.lora_options": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+    "methods.lora_options": "ArrowConfig BdLoraConfig KasaConfig LoraRuntimeConfig "
+    "MontecloraConfig VeloraConfig",
     "methods.arrow": "create_arrow_model",
     "inits.options": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
     "inits.eva": "get_eva_state_dict initialize_lora_eva_weights",

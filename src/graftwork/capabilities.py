@@ -40,6 +40,10 @@ MEANING = {
     "native": "injected without a wrapper",
     "low_mem": "loaded with low_cpu_mem_usage",
 }
+STARTS = (
+    "A start that has no meaning at a layer, as PiSSA's at an embedding, is the plain one there, "
+    "with a warning; the cell is that of the adapter."
+)
 SIGNS = {"yes": "+", "part": "~", "no": ".", "-": " ", "impossible": "x"}
 
 
@@ -72,11 +76,6 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
-def set_apart() -> list[str]:
-    """The methods without a row."""
-    return [name for name in METHODS if name not in load()["ours"]]
-
-
 def signs(row: str, capability: str) -> str:
     """A cell: this library's sign, then PEFT's."""
     data = load()
@@ -105,7 +104,7 @@ def told(row: str) -> list[str]:
     """What the matrix says of one row, in sentences."""
     ours, peft = load()["ours"].get(row), load()["peft"].get(row, {})
     if ours is None:
-        return ["It has tests of its own instead of a row in the matrix."]
+        return ["It has no row in the matrix; graftwork.testing.check_method measures it."]
     can = [c for c, cell in ours.items() if cell == "yes"]
     lines = [f"{len(can)} of {len(ours)}: {', '.join(can)}."]
     for reason in dict.fromkeys(v for v in ours.values() if v.startswith("impossible")):
@@ -137,7 +136,7 @@ def text() -> str:
     lines += [f"{i:>2} {c:<12} {MEANING[c]}" for i, c in enumerate(columns, 1)]
     lines += ["", "each cell: graftwork, then PEFT; + yes, ~ in part, . no, x impossible"]
     lines += wrap(summary(), 100)
-    lines += [f"tests of their own instead of a row: {', '.join(set_apart())}"]
+    lines += wrap(STARTS, 100)
     lines += ["", "impossible, each refused by an error with this reason:"]
     for why, cells in impossible().items():
         told_why = f"{why} ({', '.join(cells)})"

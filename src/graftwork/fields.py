@@ -19,9 +19,9 @@ def checked(default: Any, check: Check) -> Any:
     return field(default=default, metadata={"check": check})
 
 
-def whole(default: Any) -> Any:
-    """A whole number from 1 on."""
-    return checked(default, check_rank)
+def whole(default: Any, least: int = 1) -> Any:
+    """A whole number from ``least`` on."""
+    return checked(default, lambda value, name: check_rank(value, name, least))
 
 
 def probability(default: Any) -> Any:
@@ -39,11 +39,27 @@ def not_negative(default: Any) -> Any:
     return checked(default, lambda value, name: check_positive(value, name, or_zero=True))
 
 
+def between(default: Any, low: float, high: float) -> Any:
+    """A number from ``low`` to ``high``."""
+
+    def check(value: Any, name: str) -> None:
+        if not low <= value <= high:
+            where = f"below {low}" if value < low else f"above {high}"
+            raise ValueError(f"{name}={value!r} is {where}, where it may not be")
+
+    return checked(default, check)
+
+
 def choice(default: Any, *others: Any) -> Any:
     """One of some values, the default first."""
     every = (default, *others)
     check = lambda value, name: check_choice(value, name, every)  # noqa: E731
     return field(default=default, metadata={"check": check, "choices": every})
+
+
+def ranges(default: Any) -> Any:
+    """Pairs [start, end) of whole numbers from 0 on."""
+    return checked(default, check_ranges)
 
 
 def options(kind: type[Options]) -> Any:
@@ -90,12 +106,12 @@ class Options:
         return made
 
 
-def check_rank(value: Any, name: str) -> None:
+def check_rank(value: Any, name: str, least: int = 1) -> None:
     """Refuse a rank that is not a positive whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
-    if value <= 0:
-        raise ValueError(f"{name} must be at least 1, not {value}; try {name}=8")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}; try {name}=8")
 
 
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
@@ -103,6 +119,17 @@ def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
     if value not in choices:
         near = did_you_mean(str(value), [str(one) for one in choices])
         raise ValueError(f"{name}={value!r} is not known{near}; it is one of {list(choices)}")
+
+
+def check_ranges(value: Any, name: str) -> None:
+    """Refuse what is no list of pairs [start, end) of whole numbers."""
+    for pair in value if isinstance(value, (list, tuple)) else [value]:
+        whole = isinstance(pair, (list, tuple)) and [type(n) for n in pair] == [int, int]
+        if not whole or not 0 <= pair[0] < pair[1]:
+            raise ValueError(
+                f"{name} holds {pair!r}; give pairs [start, end) of whole numbers with "
+                "0 <= start < end, such as [[0, 4], [2, 5]]"
+            )
 
 
 def check_probability(value: Any, name: str) -> None:

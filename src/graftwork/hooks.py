@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Hooks:
     """Base of every config; a method overrides what it needs."""
 
-    OFFERS: ClassVar[frozenset[str]] = frozenset()  # what the model offers of ``Shared``'s own
+    OFFERS: ClassVar[frozenset[str]] = frozenset()  # what the model offers; see ``offer``
 
     LASTS: ClassVar[bool] = False  # what ``before`` finds in a prompt holds while it is continued
 
@@ -32,6 +32,10 @@ class Hooks:
     def after(self, root: Grafted, name: str, outputs: Any, args: Any, kwargs: Any) -> Any:
         """The outputs of such a forward, with what the method adds to them."""
         return outputs
+
+    def offer(self, root: Grafted, name: str, attribute: str) -> Any:
+        """What the model shows as an attribute in OFFERS: that of the ``Shared``."""
+        return getattr(root.switch.shared[name], attribute)
 
     def found(self, source: Any) -> dict[str, Tensor]:
         """Called with where its file is, if any; tensors of the adapter that stand elsewhere."""

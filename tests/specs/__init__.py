@@ -8,8 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from graftwork.testing.entry import Entry
-from graftwork.testing.layers import KINDS
+from torch import nn
+
+from graftwork.testing.bench import Bench, Setup
+from graftwork.testing.entry import Entry, Small
+from graftwork.testing.layers import KINDS, Kind
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class Case:
         needs: tags that a kind of layer must have.
         lacks: tags that it must not have.
         but: kinds at which it has no meaning.
+        setup: what it needs around its adapters.
+        alone: whether what it computes is all in its own tensors, so that every law is about it.
+        model: builds the model of two blocks for the matrix; see ``Entry``.
+        ends: the names of that model's embedding and output layer.
     """
 
     config: Callable[[], Any]
@@ -37,6 +44,15 @@ class Case:
     needs: str = ""
     lacks: str = ""
     but: str = ""
+    setup: Setup = field(default_factory=Setup)
+    alone: bool = True
+    model: Callable[[bool], nn.Module] = Small
+    ends: tuple[str, str] = ("embed", "head")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of layers at which it has a meaning."""
+        return [kind for kind in KINDS if self.applies(kind)]
 
     def applies(self, kind: str) -> bool:
         """Whether it has a meaning at a kind of layer."""
@@ -82,13 +98,20 @@ _FILES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != 
 _SPECS = [import_module(f"specs.{name}") for name in _FILES]
 METHODS: dict[str, Case] = {k: v for spec in _SPECS for k, v in spec.CASES.items()}
 PARITY: list[Parity] = [p for spec in _SPECS for p in getattr(spec, "PARITY", [])]
-CASES = [(m, k) for m, case in METHODS.items() for k in KINDS if case.applies(k)]
+CASES = [(m, k) for m, case in METHODS.items() if case.alone for k in case.kinds]
 MAIN = [m for m, case in METHODS.items() if case.main]
 # the rows of the matrix
 ROWS = {
     case.row or case.config().method: Entry(
-        case.config, [k for k in KINDS if case.applies(k)], case.call, case.other
+        case.config, case.kinds, case.call, case.other, case.setup, case.model, case.ends
     )
     for case in METHODS.values()
     if case.main or case.row
 }
+
+
+def bench(kind: str | Kind, *methods: str) -> Bench:
+    """Methods at one kind of layer, the lowest first."""
+    cases = [METHODS[m] for m in methods]
+    call = {key: value for case in cases for key, value in case.call.items()}
+    return Bench(kind, [case.config() for case in cases], call, [case.setup for case in cases])

@@ -74,6 +74,9 @@ PARITY = [
     parity("plain", "monteclora", {**PLAIN, "monteclora_config": {}}),
     parity("llama", "monteclora", {**QV, "monteclora_config": SILENT}, train=True),
     parity("gpt2", "monteclora", {**GPT2, "monteclora_config": {"num_samples": 4}}),
+    parity("llama", "replicated", {**ALL, "layer_replication": [[0, 2], [1, 2]]}, train=True),
+    parity("bert", "replicated",
+           {"r": 4, "target_modules": ["query", "value"], "layer_replication": [[1, 2], [0, 2]]}),
     parity("llama", "alora",
            {**ALL, "alora_invocation_tokens": [32], "task_type": "CAUSAL_LM"}, train=True),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ CASES = {
         lambda: PolyConfig(r=2, n_tasks=2, n_splits=2, init_weights=False),
         identity=False, call=TASKS, lacks="fold depthwise", but="conv2d_groups",
     ),
-    "lily": Case(lambda: LilyConfig(r=2, num_B=3), lacks="fold"),
+    "lily": Case(lambda: LilyConfig(r=2, num_B=3), main=True, lacks="fold"),
     "lily_random": Case(lambda: LilyConfig(r=2, init_weights=False), identity=False, lacks="fold"),
 }  # fmt: skip
 POLY = {"task_type": "CAUSAL_LM", "r": 2, "n_tasks": 2}  # PEFT passes task ids with a task alone

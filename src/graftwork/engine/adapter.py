@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,8 @@ class Adapter(Part):
 
     stacked = False  # whether it takes weights with leading axes, as of experts
     beside = False  # acts on what a module gives, whatever the module is
+    together = False  # what a row gets depends on the adapter's other rows in the batch
+    drawn: tuple[str, ...] = ()  # buffers that follow from a seed, and are in no file of PEFT's
     ready = False  # its values come from other files than its own
     replaces = False  # fold puts other values in place and computes nothing
     FORBIDS: dict[str, str] = {}  # capability -> why mathematics forbids it
@@ -176,8 +179,8 @@ class Adapter(Part):
         return False
 
     def delta_norm(self, w: Tensor) -> float:
-        """Frobenius norm of the change to the weight w (..., out, in), for reports."""
-        return float((self.fold(w, None)[0] - w).norm())
+        """Frobenius norm of the change to the weight w (..., out, in), for reports; or nan."""
+        return math.nan if "merge" in self.FORBIDS else float((self.fold(w, None)[0] - w).norm())
 
     def rank(self) -> int | None:
         """The rank of the update, where the method has one."""
@@ -241,12 +244,24 @@ class LowRank(Additive):
         """A (..., r, in) and B (..., out, r), all scales included."""
         raise NotImplementedError
 
+    def shift(self) -> Tensor | None:
+        """What is added to the bias (out,), where the method has that."""
+        return None
+
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        return *self.factors(), None
+        return *self.factors(), self.shift()
 
     def delta(self) -> Tensor:
         a, b = self.factors()
         return b @ a
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        shift = self.shift()
+        return w + self.delta(), b if shift is None else shift + (0 if b is None else b)
+
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        y, shift = super().forward(x, layer), self.shift()
+        return y if shift is None else y + layer.site.outputs(shift)
 
     def branch(self, x: Tensor, site: Site) -> Tensor:
         return site.low_rank(x, *self.factors())

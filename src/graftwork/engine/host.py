@@ -74,7 +74,8 @@ class Host(nn.Module):
                 f"{self.path} received no tensor, so adapter_names cannot be applied to its rows"
             )
         groups: dict[tuple[str, ...], list[int]] = {}
-        for i, name in enumerate(mixed.expand(rows, n, self.path)):
+        owners = mixed.expand(rows, n, self.path)
+        for i, name in enumerate(owners):
             groups.setdefault(() if name == BASE else self.present((name,)), []).append(i)
         if len(groups) == 1:
             return self.choose(next(iter(groups)), args, kwargs)
@@ -85,7 +86,8 @@ class Host(nn.Module):
             context = mixed.take(call.context, where // (n // len(rows)), len(rows))
             if n != len(rows):  # values that were made for this call's own inputs
                 context = mixed.take(context, where, n)
-            with self.switch.call(names, None, **context) if context else nullcontext():
+            own = tuple(owners[i] for i in index)  # for the hosts within this one
+            with self.switch.call(call.active, own, **context):
                 taken = mixed.take(args, where, n), mixed.take(kwargs, where, n)
                 parts.append(self.choose(names, *taken))
             order.extend(index)

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..targets.offer import Offer
+from ..targets.replicas import replicated
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost, no_autocast
 from .module import ModuleHost
@@ -66,11 +67,13 @@ def inject(
             "adapters are merged into this model: unmerge_adapter() first, then add another"
         )
     config = copy.deepcopy(config)
-    slots = plan(Offer(model), config)
-    built = build(model, slots, config, switch, start=start, autocast=autocast)
+    trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+    with replicated(model, config, switch):
+        slots = plan(Offer(model), config)
+        built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
     if not switch.configs:
-        switch.trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+        switch.trainable = trainable
         model.requires_grad_(False)
     _place(model, name, built, meta)
     switch.configs[name] = config

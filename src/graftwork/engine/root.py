@@ -11,8 +11,10 @@ from torch import nn
 
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TrainingError, warn
+from ..targets import replicas
 from . import inject as injection
 from . import ties
+from .forwards import each_forward
 from .host import Host
 from .rows import tensors_in
 from .schedule import add_to_loss
@@ -89,14 +91,14 @@ class Grafted(nn.Module):
         context: dict[str, Any] = {}
         for config in switch.configs.values():
             context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
-        for name in self._preparing(names or now.active) if once else ():
+        for name in self.preparing(names or now.active) if once else ():
             context |= switch.configs[name].before(self, name, args, kwargs)
         if names is None and not context and once:
             return nullcontext()
         rows = now.rows if names is None else self.rows(names, (args, kwargs))
         return switch.call(now.active, rows, **{**now.context, **context})
 
-    def _preparing(self, names: Iterable[str]) -> list[str]:
+    def preparing(self, names: Iterable[str]) -> list[str]:
         """The adapters that compute something before each forward."""
         configs = self.switch.configs
         return [n for n in dict.fromkeys(names) if n in configs and configs[n].prepares()]
@@ -107,7 +109,7 @@ class Grafted(nn.Module):
     ) -> Iterator[None]:
         """A context for a call that runs the user's model many times by itself."""
         switch = self.switch
-        preparing = self._preparing(names or switch.current().active)
+        preparing = self.preparing(names or switch.current().active)
         lasting = [name for name in preparing if switch.configs[name].LASTS]
         preparing = [name for name in preparing if name not in lasting]
         with ExitStack() as stack:
@@ -115,16 +117,9 @@ class Grafted(nn.Module):
             call = switch.current()
             for name in lasting:
                 call.context.update(switch.configs[name].before(self, name, inputs, kwargs))
-
-            def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                if switch.current() is call:  # and not what ``before`` itself runs
-                    for name in preparing:
-                        call.context.update(switch.configs[name].before(self, name, args, kwargs))
-
             if preparing:  # each forward sees the whole sequence
                 kwargs["use_cache"] = False
-                handle = self.model.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
+            stack.enter_context(each_forward(self, preparing))
             yield
 
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,10 +130,9 @@ class Grafted(nn.Module):
         outputs = self.model(*args, **kwargs)
         if learning:
             names = switch.current().active
-            terms = [s.penalty() for n, s in switch.schedules.items() if n in names]
-            outputs = add_to_loss(outputs, [t for t in terms if t is not None])
+            outputs = add_to_loss(outputs, [s for n, s in switch.schedules.items() if n in names])
         call = switch.current()
-        for name in self._preparing(call.active) if call.rows is None else ():
+        for name in self.preparing(call.active) if call.rows is None else ():
             outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
@@ -348,12 +342,15 @@ class Grafted(nn.Module):
         return self._bare()
 
     def _bare(self) -> nn.Module:
-        trainable = self.switch.trainable
+        trainable, merged = self.switch.trainable, self.merged()
         for path, module in list(walk(self.model)):
             if isinstance(module, Host):
                 put(self.model, path, module.base_layer)
+        repeated = replicas.restore(self.model)
         for name, parameter in parameters(self.model):
             parameter.requires_grad_(name in trainable)
+        for path, blocks in repeated.items() if merged else ():
+            put(self.model, path, blocks.parted())
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -366,7 +363,7 @@ class Grafted(nn.Module):
             switch: Switch = self.__dict__["switch"]
             for own in (*switch.active, *switch.configs):
                 if own in switch.configs and name in switch.configs[own].OFFERS:
-                    return getattr(switch.shared[own], name)
+                    return switch.configs[own].offer(self, own, name)
             return getattr(self.model, name)
 
 
@@ -395,3 +392,5 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
     for path, module in list(walk(model)):
         if isinstance(module, Host) and not len(module.adapters):
             put(model, path, module.base_layer)
+    if not switch.configs:
+        replicas.restore(model)

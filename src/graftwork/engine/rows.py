@@ -34,22 +34,10 @@ def expand(rows: tuple[str, ...], n: int, path: str) -> tuple[str, ...]:
     return tuple(name for name in rows for _ in range(n // len(rows)))
 
 
-class PerRow:
-    """A value of a call that knows which part of it belongs to which of its rows."""
-
-    rows: int
-
-    def take(self, index: Tensor) -> Any:
-        """What belongs to the rows ``index``."""
-        raise NotImplementedError
-
-
 def take(tree: Any, index: Tensor, n: int) -> Any:
     """The rows ``index`` of every tensor in ``tree`` that has ``n`` rows."""
 
     def of(leaf: Any) -> Any:
-        if isinstance(leaf, PerRow):
-            return leaf.take(index) if leaf.rows == n else leaf
         return leaf[index] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) else leaf
 
     return pytree.tree_map(of, tree)

@@ -36,7 +36,9 @@ class Schedule:
     def __init__(self, config: PeftConfig, adapters: dict[str, Adapter]) -> None:
         self.config, self.adapters = config, adapters
         self.step = 0
-        self.delivered = False  # the penalty's gradient has come with the loss since the last step
+        # since the last step: the penalty's gradient has come with the loss; a forward's loss has
+        # it; a program has it, to add it itself
+        self.delivered = self.added = self.handed = False
         self.version: int | None = None
         self.unseen = 0  # forwards in a row before which tensors changed and no step was seen
         self.watch()
@@ -67,6 +69,14 @@ class Schedule:
                 term.register_hook(self._deliver)  # type: ignore[no-untyped-call]
         return term
 
+    def hand(self) -> Tensor:
+        """The penalty for a program that adds it itself, which the engine then does not; zero where
+        a forward has added it.
+        """
+        term = None if self.added else self.penalty()
+        self.handed |= term is not None and term.requires_grad
+        return torch.zeros(()) if term is None else term
+
     def _deliver(self, _: Tensor) -> None:
         self.delivered = True
 
@@ -96,7 +106,7 @@ class Schedule:
             term = self.config.penalty(self.adapters)
             if isinstance(term, Tensor) and term.requires_grad:
                 term.backward()  # type: ignore[no-untyped-call]
-        self.delivered = False
+        self.delivered = self.added = self.handed = False
 
     def after_step(self) -> None:
         self.step += 1
@@ -125,11 +135,16 @@ def _after(optimizer: Optimizer, *_: Any) -> None:
         schedule.after_step()
 
 
-def add_to_loss(outputs: Any, terms: list[Tensor]) -> Any:
-    """A model's outputs with ``terms`` added to their loss, where they have one."""
+def add_to_loss(outputs: Any, schedules: list[Schedule]) -> Any:
+    """A model's outputs with the penalties added to their loss, where they have one."""
     named = isinstance(outputs, Mapping)
     loss = outputs.get("loss") if named else getattr(outputs, "loss", None)
-    if terms and isinstance(loss, Tensor):
-        total = loss + sum(term.to(loss.dtype) for term in terms)
+    if not isinstance(loss, Tensor):
+        return outputs
+    total = loss
+    for schedule in schedules:
+        if not schedule.handed and (term := schedule.penalty()) is not None:
+            total, schedule.added = total + term.to(loss.dtype), True
+    if total is not loss:
         outputs.__setitem__("loss", total) if named else setattr(outputs, "loss", total)
     return outputs

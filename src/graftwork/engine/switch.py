@@ -28,8 +28,9 @@ BASE = "__base__"  # a row of a mixed batch that no adapter touches
 
 
 class _Calls(threading.local):
-    now: Call | None = None
-    replay: Call | None = None
+    def __init__(self) -> None:  # on each thread's own object: compiled code does not watch a class
+        self.now: Call | None = None
+        self.replay: Call | None = None
 
 
 _CALLS = _Calls()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .host import Host
+from .site import Embedding, Site, kind_of
 from .switch import Switch
 from .tree import inside, mark, walk
 
@@ -99,9 +100,10 @@ def restore(model: Any, switch: Switch) -> None:
 
 
 def _groups(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers whose weights are one tensor now."""
+    """The layers whose weight is that of an embedding now; others share theirs with copies."""
     found: dict[int, dict[int, nn.Module]] = {}
     for layer in (inside(module) for _, module in walk(model)):
         if (weight := layer._parameters.get("weight")) is not None:
             found.setdefault(id(weight), {})[id(layer)] = layer
-    return [list(group.values()) for group in found.values() if len(group) > 1]
+    groups = (list(group.values()) for group in found.values() if len(group) > 1)
+    return [g for g in groups if any(issubclass(kind_of(m) or Site, Embedding) for m in g)]

@@ -31,6 +31,7 @@ from .hub import Source
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 NOTE = "graftwork"  # the entry in the weights' header that is ours
+BESIDE = {"training": "training_state", "start": "graftwork_start"}  # in that entry -> file
 MAX_CONFIG = 16 * 2**20  # bytes; a config is a few kilobytes
 
 
@@ -39,7 +40,7 @@ def write(
     config: PeftConfig,
     tensors: Mapping[str, Tensor],
     note: Mapping[str, Any],
-    training: Mapping[str, Tensor],
+    beside: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write an adapter folder; a crash at any moment leaves the old adapter or the new one.
 
@@ -48,34 +49,34 @@ def write(
         config: the adapter's config.
         tensors: its tensors under PEFT's full names.
         note: what else a reader should know, kept in the weights' header.
-        training: what a resumed training needs; kept in a file of its own.
+        beside: what is kept in files of their own, which other readers do not know: "training" is
+            what a resumed training needs, "start" what the adapter began from.
 
     Raises:
         FileError: the folder cannot be written; the old adapter is intact.
     """
     text = config.to_json().encode()
     digest = hashlib.sha256(text).hexdigest()[:16]
-    state = to_bytes(_apart(training), {"format": "pt"}) if training else b""
-    kept = f"training_state-{hashlib.sha256(state).hexdigest()[:16]}.safetensors" if state else ""
-    header = {
-        "format": "pt",
-        NOTE: json.dumps({**note, "config": digest, "training": kept}, sort_keys=True),
+    states = {key: to_bytes(_apart(t), {"format": "pt"}) for key, t in beside.items() if t}
+    kept = {
+        key: f"{BESIDE[key]}-{hashlib.sha256(state).hexdigest()[:16]}.safetensors"
+        for key, state in states.items()
     }
+    noted = {**note, "config": digest, "training": "", **kept}
+    header = {"format": "pt", NOTE: json.dumps(noted, sort_keys=True)}
     waiting = f".{CONFIG_NAME}.{digest}"
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if kept:
-            _replace(folder / kept, state)
+        for key, name in kept.items():
+            _replace(folder / name, states[key])
         _replace(folder / waiting, text)
         _replace(folder / WEIGHTS, to_bytes(_apart(tensors), header))
         # from here on the folder holds the new adapter
         os.replace(folder / waiting, folder / CONFIG_NAME)
         _sync_folder(folder)
-        for old in [
-            *folder.glob("training_state-*.safetensors"),
-            *folder.glob(f".{CONFIG_NAME}.*"),
-        ]:
-            if old.name != kept:
+        patterns = [f".{CONFIG_NAME}.*", *(f"{stem}-*.safetensors" for stem in BESIDE.values())]
+        for old in [path for pattern in patterns for path in folder.glob(pattern)]:
+            if old.name not in kept.values():
                 old.unlink(missing_ok=True)
 
 
@@ -233,19 +234,25 @@ def _a_tensor(value: Any) -> Tensor:
     return value
 
 
-def read_training(source: Source) -> dict[str, Tensor]:
-    """What a resumed training needs, where the folder has it."""
-    name = note_of(source).get("training")
-    if not name or not re.fullmatch(r"training_state-[0-9a-f]{16}\.safetensors", str(name)):
+def read_beside(source: Source, key: str) -> dict[str, Tensor]:
+    """What is kept beside the weights under a key of BESIDE; empty where nothing is.
+
+    Raises:
+        FileError: it is damaged; or it is what a resumed training needs, and not there any more.
+    """
+    name = str(note_of(source).get(key))
+    if not re.fullmatch(rf"{BESIDE[key]}-[0-9a-f]{{16}}\.safetensors", name):
         return {}
     path = source.find(name)
-    if path is None:
+    if path is None and key == "training":
         raise FileError(
             f"{source} was saved with {name}, which is not there any more, so its training cannot "
             "be resumed; load it with is_trainable=False, or restore the file"
         )
+    if path is None:  # a start can be noted instead
+        return {}
     with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @contextmanager

@@ -98,6 +98,14 @@ class Source:
         return path
 
 
+def place(path: str | os.PathLike[str]) -> dict[str, str]:
+    """``user/repository/folder`` of the hub as options of loading; a folder here as it is."""
+    user, *names = os.fspath(path).strip("/").split("/")
+    if os.path.isdir(path) or len(names) < 2:
+        return {"model_id": os.fspath(path)}
+    return {"model_id": f"{user}/{names[0]}", "subfolder": "/".join(names[1:])}
+
+
 def _looks_local(where: str) -> bool:
     return (
         where.startswith((".", "~", os.sep))

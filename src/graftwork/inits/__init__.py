@@ -5,13 +5,14 @@ The base weight is never touched. A start whose product is not zero (PiSSA, OLoR
 is marked ``subtract``: its product is taken away again, so that the adapted layer begins as the
 base layer, and disabling gives the base layer exactly.
 
-A start from the user's data is computed before there are adapters, by a function of PEFT's name in
-a file of its own, and noted at the layers (``noted.py``).
+A start from the user's data is computed by a function of PEFT's name in a file of its own, before
+there are adapters or after (``noted.py``); ``files/starts.py`` saves it beside its adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,16 +20,18 @@ from torch import Tensor
 from ..engine.site import Conv1D, Embedding, Site
 from ..errors import did_you_mean, warn
 from . import loftq, plain, svd
-from .mica import mica
-from .noted import noted
+from .noted import noted, waiting
+
+Factors = Callable[[Any, Site], tuple[Tensor, Tensor]]
 
 
 class Start(NamedTuple):
     """A way to start; ``factors(adapter, site)`` gives A and B."""
 
-    factors: Callable[[Any, Site], tuple[Tensor, Tensor]]
+    factors: Factors
     subtract: bool = False
-    taken: Callable[[Any, Site], tuple[Tensor, Tensor]] | None = None  # if not ``factors`` itself
+    taken: Factors | None = None  # what is subtracted, if not ``factors`` itself
+    data: bool = False  # it follows from data, so that a reader of a file cannot compute it
 
 
 STARTS = {
@@ -38,10 +41,10 @@ STARTS = {
     "orthogonal": Start(plain.orthogonal),
     "pissa": Start(svd.pissa, subtract=True),
     "olora": Start(svd.olora, subtract=True),
-    "mica": Start(mica),
-    "eva": Start(plain.kaiming),  # until initialize_lora_eva_weights
-    "corda": Start(noted("corda"), subtract=True),
-    "lora_ga": Start(noted("lora_ga"), subtract=True),
+    "mica": Start(svd.mica),
+    "eva": Start(waiting),  # for initialize_lora_eva_weights
+    "corda": Start(partial(noted, "corda"), subtract=True, data=True),
+    "lora_ga": Start(partial(noted, "lora_ga"), subtract=True, data=True),
     "loftq": Start(loftq.factors, subtract=True, taken=loftq.taken),
 }
 MATRICES = (Site, Conv1D)  # the sites at which starts from data are known

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.layers import layers_of
+from ..calibrate.run import covariances
 from ..engine.site import Site
 from ..errors import StateError
-from . import observe
-from .noted import note
+from ..files.tensors import cached
+from .noted import asked, note
 from .options import CordaConfig
+from .svd import fits
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # PEFT's names in a cache: (r,), (out, r), (in, r)
-Eigens = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -38,34 +40,38 @@ def preprocess_corda(
     Raises:
         ValueError: the config has another start, or there are no data.
     """
+    asked("corda", lora_config)
     wishes = CordaConfig.of(lora_config.corda_config)
-    found = observe.sites(model, lora_config, "corda")
+    found = layers_of(model, lora_config)
     device = next(model.parameters()).device
-    cache = observe.recall(wishes.cache_file, device)
-    if cache is None:
-        covariances = observe.recall(wishes.covariance_file, device)
-        if covariances is None:
-            run, watched = _runner(run_model), hooked_model or model
-            covariances = _covariances(watched, lora_config, run, wishes)
-            observe.remember(wishes.covariance_file, covariances)
-        cache = {}
+
+    def measured() -> dict[str, Tensor]:
+        if run_model is None:
+            raise ValueError(
+                "CorDA needs data: give run_model, a function that runs the model over samples, or "
+                "a corda_config whose cache_file or covariance_file has been written before"
+            )
+        watched, half = hooked_model or model, wishes.use_float16_for_covariance
+        return covariances(watched, layers_of(watched, lora_config), run_model, half)
+
+    def starts() -> dict[str, Tensor]:
+        of = cached(wishes.covariance_file, device, measured)
+        new: dict[str, Tensor] = {}
         for path, site in found.items():
-            c = _of(covariances, path, path)
-            eigens = directions(site, c, lora_config.at(path).r, wishes.corda_method)
-            cache |= {f"{path}.eigens.{k}": t for k, t in zip(PARTS, eigens, strict=True)}
-        observe.remember(wishes.cache_file, cache)
+            r, c = lora_config.at(path).r, _of(of, path, path)
+            eigens = directions(site, c, r, wishes.corda_method)
+            new |= {f"{path}.eigens.{k}": t for k, t in zip(PARTS, eigens, strict=True)}
+        return new
+
+    cache = cached(wishes.cache_file, device, starts)
     for path, site in found.items():
         s, u, v = (_of(cache, f"{path}.eigens.{key}", path) for key in PARTS)
         note(site.layer, "corda", s.sqrt()[:, None] * v.mT, u * s.sqrt(), power=0.5)
 
 
-def directions(site: Site, c: Tensor, r: int, which: str) -> Eigens:
+def directions(site: Site, c: Tensor, r: int, which: str) -> tuple[Tensor, Tensor, Tensor]:
     """S (r,), U (out, r) and C^-1 V (in, r) of W C."""
-    if r > min(site.shape):
-        raise ValueError(
-            f"r={r} is more than the {min(site.shape)} directions of {site.path} "
-            f"{site.describe()}; use r<={min(site.shape)} there (rank_pattern)"
-        )
+    fits(r, site)
     c, damp = c.float(), 0.01
     eye, mean = torch.eye(len(c), device=c.device), c.diagonal().mean()
     while True:  # until the inverse is one
@@ -77,43 +83,6 @@ def directions(site: Site, c: Tensor, r: int, which: str) -> Eigens:
     u, s, vh = torch.linalg.svd(site.weight.float() @ damped, full_matrices=False)
     at = slice(0, r) if which == "ipm" else slice(len(s) - r, len(s))
     return s[at].clone(), u[:, at].clone(), (vh @ inverse).mT[:, at].clone()
-
-
-def _covariances(
-    model: nn.Module, config: Any, run: Callable[[], Any], wishes: CordaConfig
-) -> dict[str, Tensor]:
-    """E[x x'] (in, in) by path; each batch is divided by its largest entry, as in the paper's
-    code.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def see(path: str, given: Any) -> None:
-        x = given[0].detach().reshape(-1, given[0].shape[-1])  # (n, in)
-        x = x if wishes.use_float16_for_covariance else x.float()
-        x = x / x.max().abs()
-        c = x.mT @ x
-        if not torch.isfinite(c).all():
-            raise ValueError(
-                f"the inputs of {path} are not finite, or all zero; look at the data, or leave "
-                "use_float16_for_covariance out"
-            )
-        sums[path] = sums[path] + c if path in sums else c
-        counts[path] = counts.get(path, 0) + 1
-
-    layers = {path: site.layer for path, site in observe.sites(model, config).items()}
-    with observe.base_only(model, training=False), observe.inputs(layers, see):
-        run()
-    return {path: total / counts[path] for path, total in sums.items()}
-
-
-def _runner(run_model: Callable[[], Any] | None) -> Callable[[], Any]:
-    if run_model is None:
-        raise ValueError(
-            "CorDA needs data: give run_model, a function that runs the model over samples, or a "
-            "corda_config whose cache_file or covariance_file has been written before"
-        )
-    return run_model
 
 
 def _of(tensors: Mapping[str, Tensor], key: str, path: str) -> Tensor:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..engine import Shared
 
 
 def generator(seed: int) -> torch.Generator:
@@ -26,6 +28,25 @@ def kaiming(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
         new = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=drawn)
         out.append(new.to(torch.get_default_device()))
     return out
+
+
+class Frozen(Shared):
+    """Tensors that all layers share and that do not train, such as random projections.
+
+    Args:
+        keys: tensor name here -> its name in a PEFT file.
+        saved: whether they are in the file; else a reader draws them again.
+        **tensors: their values.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, keys: dict[str, str], saved: bool, **tensors: Tensor) -> None:
+        super().__init__()
+        self.keys = keys
+        for name, value in tensors.items():
+            setattr(self, name, nn.Buffer(value, persistent=saved))
 
 
 @lru_cache(maxsize=8)  # many layers have the same shape, and a permutation takes long

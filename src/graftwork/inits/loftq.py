@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.site import Site
 from .options import LoftQConfig
+from .svd import fits, halves
 
 # quantiles of N(0, 1), scaled to [-1, 1]: the 4-bit code of QLoRA (arXiv 2305.14314, appendix E)
 NF4 = (
@@ -74,11 +75,6 @@ def _alternate(adapter: Any, site: Site) -> tuple[Tensor, Tensor, Tensor]:
 
 def leading(w: Tensor, r: int, site: Site) -> tuple[Tensor, Tensor]:
     """A (..., r, in) and B (..., out, r): the r leading directions of w (..., out, in)."""
-    if r > min(site.shape):
-        raise ValueError(
-            f"r={r} is more than the {min(site.shape)} directions of {site.path} "
-            f"{site.describe()}; use r<={min(site.shape)} there (rank_pattern)"
-        )
+    fits(r, site)
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    root = s[..., :r].sqrt()
-    return root[..., None] * vh[..., :r, :], u[..., :r] * root[..., None, :]
+    return halves(u, s, vh, r)

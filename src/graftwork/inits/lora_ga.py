@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.layers import layers_of
+from ..calibrate.run import gradients
 from ..engine.site import Site
 from ..errors import StateError
-from . import observe
+from ..files.tensors import cached
 from .drawn import seeded
-from .noted import note
+from .noted import asked, note
 from .options import LoraGAConfig
 
 KEY = "_peft_loraga_grad"  # behind a layer's path in PEFT's cache
@@ -38,19 +40,20 @@ def preprocess_loraga(
     Raises:
         ValueError: the config has another start, or a weight has no gradient.
     """
+    asked("lora_ga", lora_config)
     wishes = LoraGAConfig.of(lora_config.lora_ga_config)
-    found = observe.sites(model, lora_config, "lora_ga")
+    found = layers_of(model, lora_config)
     for site in found.values():
         if not site.raw.is_floating_point():
             raise ValueError(
                 f"{site.path} is quantised, so its weight has no gradient; call preprocess_loraga "
                 "on the model before it is quantised"
             )
-    cache = observe.recall(cache_file, next(model.parameters()).device)
-    if cache is None:
-        grads = observe.gradients(model, found, train_step)
-        cache = {f"{path}.{KEY}": found[path].from_matrix(g) for path, g in grads.items()}
-        observe.remember(cache_file, cache)
+
+    def computed() -> dict[str, Tensor]:
+        return {f"{p}.{KEY}": g for p, g in gradients(model, found, train_step).items()}
+
+    cache = cached(cache_file, next(model.parameters()).device, computed)
     with torch.no_grad():
         for path, site in found.items():
             if f"{path}.{KEY}" not in cache:
@@ -72,7 +75,7 @@ def factors(site: Site, g: Tensor, r: int, wishes: LoraGAConfig) -> tuple[Tensor
             f"LoRA-GA takes 2 r = {2 * r} directions, and {site.path} {site.describe()} has "
             f"{small}; use r<={small // 2} there (rank_pattern)"
         )
-    with seeded(0, g.device):  # a file's reader must find the same factors again
+    with seeded(0, g.device):  # the same choice each time
         u, s, v = torch.svd_lowrank(g, q=min(4 * r, small), niter=4)
         of_a, of_b = {
             "ArB2r": lambda: (torch.arange(r), torch.arange(r, 2 * r)),

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
-from ..fields import Options, checked, choice, positive, whole
-
-
-def _eva_rho(value: float, name: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value} is below 1: a layer may have rho times its rank")
-
-
-def _eva_tau(value: float, name: str) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} is a cosine between 0 and 1; try tau=0.99")
+from ..fields import Options, between, choice, positive, whole
 
 
 @dataclass
 class EvaConfig(Options):
     """EVA: how ranks are given out, and which inputs count."""
 
-    rho: float = checked(2.0, _eva_rho)  # a layer gets at most rho r directions
-    tau: float = checked(0.99, _eva_tau)  # cosine with the last one above which one has converged
+    rho: float = between(2.0, 1, inf)  # a layer gets at most rho r directions
+    tau: float = between(0.99, 0, 1)  # cosine with the last one above which one has converged
     use_label_mask: bool = True  # positions whose label is label_mask_value do not count
     label_mask_value: int = -100  # the label that is none
     whiten: bool = False  # directions are divided by the root of their singular value

@@ -31,9 +31,8 @@ def gaussian(adapter: Any, site: Site) -> tuple[Tensor, Tensor]:
     """A ~ N(0, 1/r^2), B = 0."""
     if isinstance(site, Embedding):
         return kaiming(adapter, site)
-    return nn.init.normal_(torch.empty_like(adapter.A), std=1 / adapter.r), torch.zeros_like(
-        adapter.B
-    )
+    a, b = torch.empty_like(adapter.A), torch.zeros_like(adapter.B)
+    return nn.init.normal_(a, std=1 / adapter.r), b
 
 
 def orthogonal(adapter: Any, site: Site) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,20 @@ _OFFERS = {
     "inits.batches": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "engine.root": "BaseTuner=Grafted",
-    "engine.host": "BaseTunerLayer=Host Linear=Host",
+    "engine.host": "BaseTunerLayer=Host",
+    "interop.helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin "
+    "disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale "
+    "update_forward_signature update_generate_signature update_signature",
     "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING "
     "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig "
     "SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME "
     "cast_mixed_precision_params check_if_peft_model "
     "check_target_module_exists fsdp_auto_wrap_policy get_layer_status get_model_status "
-    "get_peft_config infer_device is_bnb_4bit_available is_bnb_available "
-    "prepare_model_for_kbit_training TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+    "get_peft_config infer_device prepare_model_for_kbit_training Conv1d Conv2d Conv3d "
+    "Embedding Linear MultiheadAttention ParamWrapper Linear4bit Linear8bitLt GPTQLoraLinear "
+    "EetqLoraLinear _get_submodules dequantize_module_weight transpose "
+    "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
 }
 # the variants, starts and optimizers have PEFT's names in this library too
 _OFFERS |= {
@@ -65,11 +70,19 @@ for _name, _row in _PEFTS.items():
     _kind = "LNTUNING" if _row.name == "LN_TUNING" else _row.name
     _name = f"TRANSFORMERS_MODELS_TO_{_kind}_TARGET_MODULES_MAPPING"
     NAMES[_name] = ("interop.shims", _name)
+# PEFT's question whether a package is installed -> the package
+INSTALLED = {
+    f"is_{package}_available": package
+    for package in "aqlm diffusers eetq gptqmodel hqq optimum torchao".split()
+}
+INSTALLED |= {"is_bnb_available": "bitsandbytes", "is_bnb_4bit_available": "bitsandbytes"}
+NAMES |= {name: ("interop.shims", name) for name in INSTALLED}
 MODULES = frozenset(
     f"peft.{name}".rstrip(".")
     for name in (
         " auto config functional helpers import_utils mapping mapping_func mixed_model peft_model "
         "optimizers optimizers.lorafa optimizers.loraplus optimizers.riemannian tuners.lora.arrow "
+        "tuners.lora.bnb tuners.lora.conversion tuners.lora.eetq tuners.lora.gptq "
         "tuners tuners.tuners_utils tuners.lora.variants tuners.lora.eva tuners.lora.corda "
         "tuners.lora.loraga tuners.mixed tuners.mixed.model utils utils.constants "
         "utils.error utils.hotswap utils.integrations utils.other utils.peft_types "

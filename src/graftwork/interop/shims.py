@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType, TargetConfig, pattern_matches
+from ..engine.dense import dense
 from ..engine.host import Host
+from ..engine.module import PARAM, ModuleHost
 from ..engine.root import Grafted
+from ..engine.tree import inside
 from ..methods.lora import LoRA
-from ..methods.tokens import Tokens
 from ..model import report
 from ..model.peft_model import PeftModel
+from ..parts.tokens import Tokens
 from ..parts.whole import Copy
 from ..table import METHODS
 from ..targets.defaults import IA3_FEEDFORWARD, TARGETS
+from .names import INSTALLED
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
@@ -67,6 +72,41 @@ class LoraLayer(metaclass=_Having):
     """A host with a LoRA."""
 
     part = LoRA
+
+
+class _Around(type):
+    """A class whose instances are the hosts around layers of some types, by their names."""
+
+    layers: frozenset[str]
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        kinds = type(inside(instance)).__mro__ if isinstance(instance, Host) else ()
+        return not cls.layers.isdisjoint(kind.__name__ for kind in kinds)
+
+
+def _around(name: str, *others: str) -> _Around:
+    doc = f"A host around a layer of PEFT's ``{name}``."
+    return _Around(name, (), {"layers": frozenset({name, *others}), "__doc__": doc})
+
+
+Linear = _around("Linear", "Conv1D")
+Embedding = _around("Embedding")
+Conv1d, Conv2d, Conv3d = (_around(f"Conv{n}d") for n in (1, 2, 3))
+MultiheadAttention = _around("MultiheadAttention")
+Linear4bit, Linear8bitLt = _around("Linear4bit"), _around("Linear8bitLt")
+GPTQLoraLinear, EetqLoraLinear = _around("BaseQuantLinear"), _around("EetqLinear")
+
+
+class _AtParameters(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, ModuleHost) or isinstance(instance, MultiheadAttention):
+            return False
+        keys = [key for name in instance.adapters for key, _ in instance.parts_of(name)]
+        return any(key.startswith(PARAM) for key in keys)
+
+
+class ParamWrapper(metaclass=_AtParameters):
+    """A host in which an adapter sits at bare parameters, such as stacked experts."""
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
@@ -168,14 +208,20 @@ def infer_device() -> str:
     return "cpu" if found is None else found.type
 
 
-def is_bnb_available() -> bool:
-    """Whether bitsandbytes is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("bitsandbytes") is not None
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight, transposed where it stands the other way round."""
+    return weight.mT if fan_in_fan_out else weight
 
 
-is_bnb_4bit_available = is_bnb_available
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer as a dense tensor."""
+    return dense(inside(module).get_parameter("weight"))
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The parent of the module at a path, that module, and its name there."""
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
 
 
 # what PEFT's tensor names begin with, where it is not the method's name
@@ -209,4 +255,6 @@ def __getattr__(name: str) -> Any:
             return dict(TARGETS.get(method, {}))
     if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":
         return dict(IA3_FEEDFORWARD)
+    if name in INSTALLED:
+        return lambda *_, **__: find_spec(INSTALLED[name]) is not None
     raise AttributeError(name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetConfig
-from ..engine import Beneath, Site
+from ..engine import Site
 from ..fields import choice, positive, whole
 from .clusters import Clustered, clusters, directions, singular, stop
 
@@ -63,6 +63,7 @@ class AdaMSS(Clustered, config=AdamssConfig):
     """A_i (k_i, r) and B_i (outputs, k_i), zero at the start; of stacked weights, all the rows."""
 
     stacked = True
+    drawn = ("place",)
 
     def __init__(self, config: AdamssConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -84,19 +85,15 @@ class AdaMSS(Clustered, config=AdamssConfig):
         for b in self.B:
             b.normal_(std=0.01) if self.random else b.zero_()
 
-    def factored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        a = torch.cat([*self.A]) @ self.V
-        b = torch.block_diag(*self.B)[self.place].reshape(*self.sizes, -1)  # type: ignore[no-untyped-call]
-        return a[:, : self.inputs], b, b @ a[:, -1] if a.shape[1] > self.inputs else None
+    def columns(self) -> Tensor:
+        """B (..., outputs, clusters' ranks)."""
+        b: Tensor = torch.block_diag(*self.B)  # type: ignore[no-untyped-call]
+        return b[self.place].reshape(*self.sizes, -1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.factored()[:2]
+        return torch.cat([*self.A]) @ self.V[:, : self.inputs], self.columns()
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, c, shift = self.factored()
-        return w + c @ a, b if b is None or shift is None else b + shift
-
-    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        a, b, shift = self.factored()
-        y = layer(x) + layer.site.low_rank(x, a, b)
-        return y if shift is None else y + layer.site.outputs(shift)
+    def shift(self) -> Tensor | None:
+        if self.V.shape[1] == self.inputs:
+            return None
+        return self.columns() @ (torch.cat([*self.A]) @ self.V[:, -1])

@@ -38,9 +38,8 @@ class ALoRA(LoRA):
         self.called = name_of(config.alora_invocation_tokens or ())
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        y, added = layer(x), self.branch(self.dropped(x), layer.site)
-        if self.bias is not None:
-            added = added + self.scale * self.bias
+        y, added, shift = layer(x), self.branch(self.dropped(x), layer.site), self.shift()
+        added = added if shift is None else added + shift
         out: Tensor = y + added * self.mask(y, layer).to(y.dtype)
         return out
 

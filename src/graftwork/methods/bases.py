@@ -7,32 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import Shared
-from ..inits.drawn import generator
+from ..inits.drawn import Frozen, generator
 
 if TYPE_CHECKING:
     from .randlora import RandLoraConfig
 
 
-class Bases(Shared):
+def drawn_bases(config: RandLoraConfig, small: int, large: int) -> Frozen:
     """A (r, 1, smaller side) and B (larger side, bases, r), each of unit variance."""
-
-    keys = {"A": "randlora_A", "B": "randlora_B"}
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, config: RandLoraConfig, small: int, large: int) -> None:
-        super().__init__()
-        drawn, r, n = generator(config.projection_prng_key), config.r, bases(small, config.r)
-        if config.sparse or config.very_sparse:
-            share = small**-0.5 if config.very_sparse else 1 / 3
-            a, b = (ternary(shape, share, drawn) for shape in ((r, 1, small), (large, n, r)))
-        else:
-            a = uniform((r, 1, small), small**-0.5, drawn)
-            b = torch.cat([uniform((large, 1, r), r**-0.5, drawn) for _ in range(n)], dim=1)
-        for name, base in (("A", a), ("B", b)):
-            unit = (base / base.std()).to(torch.get_default_device(), torch.float32)
-            self.register_buffer(name, unit, persistent=config.save_projection)
+    drawn, r, n = generator(config.projection_prng_key), config.r, bases(small, config.r)
+    if config.sparse or config.very_sparse:
+        share = small**-0.5 if config.very_sparse else 1 / 3
+        a, b = (ternary(shape, share, drawn) for shape in ((r, 1, small), (large, n, r)))
+    else:
+        a = uniform((r, 1, small), small**-0.5, drawn)
+        b = torch.cat([uniform((large, 1, r), r**-0.5, drawn) for _ in range(n)], dim=1)
+    a, b = ((t / t.std()).to(torch.get_default_device(), torch.float32) for t in (a, b))
+    return Frozen({"A": "randlora_A", "B": "randlora_B"}, config.save_projection, A=a, B=b)
 
 
 def bases(small: int, r: int) -> int:

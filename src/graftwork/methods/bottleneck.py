@@ -41,7 +41,9 @@ class BottleneckConfig(TargetConfig, method="BOTTLENECK", peft="exclude save lay
     adapter_dropout: float = probability(0.0)  # probability, on the input, in training
 
     def places(self, offer: Offer, path: str) -> list[Target]:
-        return offer.targets(path) or [Target(path, offer.modules[path])]
+        here = Target(path, offer.modules[path])
+        attention = isinstance(here.module, nn.MultiheadAttention)  # behind it, not at its weights
+        return [here] if attention else offer.targets(path) or [here]
 
     def usual(self, offer: Offer) -> Any:
         known = BOTTLENECK.get(offer.model_type)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import LowRank, Site
+from ..inits.drawn import seeded
 
 
 def singular(site: Site, r: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -24,9 +25,7 @@ def singular(site: Site, r: int, seed: int) -> tuple[Tensor, Tensor]:
             f"AdaMSS finds its clusters in the weights, and {site.name} is on the meta device; "
             "load the base model's weights first"
         )
-    on = [] if w.device.type == "cpu" else [w.device]
-    with torch.random.fork_rng(on, device_type=w.device.type):
-        torch.manual_seed(seed)
+    with seeded(seed, w.device):
         u, _, v = torch.svd_lowrank(w, q=min(r, *w.shape), niter=2)
     return u, v.mT.contiguous()
 

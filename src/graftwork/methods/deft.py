@@ -30,7 +30,6 @@ class DEFT(Adapter, config=DeftConfig):
     """P (out, r) and R (r, in), which starts at N'W / s."""
 
     keys = {"P": "deft_P", "R": "deft_R"}
-    R: nn.Parameter | None
 
     def __init__(self, config: DeftConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

@@ -34,6 +34,7 @@ class FourierFT(Sparse, config=FourierFTConfig):
     """v (n,), the entries of the spectrum S (out, in)."""
 
     keys = {"v": "fourierft_spectrum"}
+    drawn = ("at",)
 
     def __init__(self, config: FourierFTConfig, site: Site, shared: None = None) -> None:
         n = config.n_frequency

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine import Additive, Shared, Site
 from ..errors import warn
-from ..fields import probability
+from ..fields import between, probability
 from .joint import Bases, category
 
 
@@ -24,15 +24,13 @@ class FrodConfig(TargetConfig, method="FROD", peft="fan bias save layers"):
     save_projection: bool = True  # False: a reader finds V and the places of S again
     frod_dropout: float = probability(0.0)  # probability, on the input, in training
     init_weights: bool = True  # False: not the identity at the start
-    sparse_rate: float = 0.01  # the part of S that is not zero
+    sparse_rate: float = between(0.01, 0, 1)  # the part of S that is not zero
     regularization_alpha: float = 1e-3  # ridge in finding V
     progressbar: bool = True  # PEFT's; there is none here
     runtime_offload_base_weight: bool = False  # PEFT's; the base weight is used here
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparse_rate <= 1:
-            raise ValueError(f"sparse_rate={self.sparse_rate} must be from 0 to 1; try 0.01")
         if self.runtime_offload_base_weight:
             warn("runtime_offload_base_weight has no effect: the update is added to the base")
 

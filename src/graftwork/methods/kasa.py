@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..engine import Site
 from ..engine.site import as_factors
-from .lora import LINEAR_KEYS, LoRA, fixed_rank
+from .lora import LoRA, fixed_rank
 from .lora_config import LoraConfig
 
 
@@ -22,7 +22,6 @@ class KaSA(LoRA):
     the adapter the layer is the base layer (in PEFT it stays changed).
     """
 
-    keys = {**LINEAR_KEYS, "d": "lora_diag"}
     stacked = False
     pad = fixed_rank
 
@@ -49,8 +48,7 @@ class KaSA(LoRA):
 
     def derive(self, site: Site) -> None:
         super().derive(site)
-        w = site.weight
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
+        w = site.weight.to(torch.promote_types(site.weight.dtype, torch.float32))
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
         self.lost_a.copy_(vh[-self.r :])
         self.lost_b.copy_(u[:, -self.r :] * s[-self.r :])

@@ -1,5 +1,5 @@
-"""Lily (arXiv 2407.09946): y + s x A' sum_i p_i B_i, p the mean over positions of softmax(R x A');
-neighbouring layers share A, all layers of a name share the experts B.
+"""Lily (arXiv 2407.09946): y + s x A' sum_i p_i B_i, p the mean of softmax(R x A') over all the
+positions of the adapter's rows; neighbouring layers share A, those of a name the experts B.
 """
 
 from __future__ import annotations
@@ -46,23 +46,28 @@ class Experts(Shared):
     def __init__(self, config: LilyConfig, sites: Sequence[Site]) -> None:
         super().__init__()
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        self.where: dict[str, tuple[int, int]] = {}  # site -> which A, which B
+        self.where: dict[tuple[str, str], tuple[int, int]] = {}  # path, parameter: which A and B
+        self.zero: list[bool] = []  # whether a B starts at zero
         groups: dict[Any, list[Site]] = {}
         for site in sites:
-            groups.setdefault(config.group(site), []).append(site)
-        for number, ((_, (out, in_)), members) in enumerate(groups.items()):
-            self.B.append(nn.Parameter(torch.empty(config.num_B * config.r, out)))
+            own = config.at(site.path, site.parameter)
+            kind = (own.r, own.num_B, own.stride_A, own.init_weights)  # overrides may change it
+            groups.setdefault((config.group(site), kind), []).append(site)
+        for number, (((_, (out, in_)), kind), members) in enumerate(groups.items()):
+            r, experts, stride, zero = kind
+            self.B.append(nn.Parameter(torch.empty(experts * r, out)))
+            self.zero.append(zero)
             for i, site in enumerate(members):
-                if i % config.stride_A == 0:
-                    self.A.append(nn.Parameter(torch.empty(config.r, in_)))
-                self.where[site.name] = (len(self.A) - 1, number)
-        self.zero = config.init_weights
+                if i % stride == 0:
+                    self.A.append(nn.Parameter(torch.empty(r, in_)))
+                self.where[site.path, site.parameter] = (len(self.A) - 1, number)
 
     def start(self) -> None:
         for p in self.parameters():
             nn.init.kaiming_uniform_(p, a=5**0.5)
-        for p in self.B if self.zero else ():
-            p.zero_()
+        for p, zero in zip(self.B, self.zero, strict=True):
+            if zero:
+                p.zero_()
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {}
@@ -74,12 +79,13 @@ class Experts(Shared):
 class Lily(Adapter, config=LilyConfig):
     """The router R (experts, r) of one layer; A and B are shared."""
 
+    together = True
     FORBIDS = {"merge": "its mixture of experts depends on the input, so no weight does the same"}
 
     def __init__(self, config: LilyConfig, site: Site, shared: Experts) -> None:
         super().__init__(config, site, shared)
         self.R = nn.Parameter(torch.empty(config.num_B, config.r))
-        self.place = shared.where[site.name]
+        self.place = shared.where[site.path, site.parameter]
         self.scale, self.r = config.scaling, config.r
 
     def start(self, site: Site) -> None:

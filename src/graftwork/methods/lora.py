@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import Beneath, Embedding, LowRank, Site
+from ..engine import Embedding, LowRank, Site
 from ..engine.site import as_factors
 from ..inits import start_of
+from ..inits.noted import WAITING
 from .lora_config import LoraConfig
 
 LINEAR_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
@@ -34,6 +37,7 @@ class LoRA(LowRank):
         self.register_buffer("B0", None, persistent=False)
         self.r, self.site, self.lead = config.r, site, site.lead
         self.start_name, self.loftq_config = config.init_lora_weights, config.loftq_config
+        self.begins = start_of(self.start_name, site)
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if isinstance(site, Embedding):
@@ -42,17 +46,29 @@ class LoRA(LowRank):
                 raise ValueError(f"lora_bias has no meaning at the embedding {site.path}")
 
     def derive(self, site: Site) -> None:
-        start = start_of(self.start_name, site)
-        if start.subtract:
-            a, b = (start.taken or start.factors)(self, site)
-            self.A0, self.B0 = a.to(self.A), b.to(self.B)
+        if self.begins.subtract and not self.begins.data:
+            self.take_away(*(self.begins.taken or self.begins.factors)(self, site))
+
+    def take_away(self, a: Tensor, b: Tensor) -> None:
+        self.A0, self.B0 = a.to(self.A), b.to(self.B)
+
+    def need_data(self) -> None:
+        """Begin as the user's data have it, unless a file has said how."""
+        if self.begins.data and self.A0 is None:
+            self.take_away(*self.begins.factors(self, self.site))
 
     def start(self, site: Site) -> None:
-        a, b, start = self.A0, self.B0, start_of(self.start_name, site)
-        if a is None or b is None or start.taken is not None:
-            a, b = start.factors(self, site)
+        self.need_data()
+        a, b = self.A0, self.B0
+        if a is None or b is None or self.begins.taken is not None:
+            a, b = self.begins.factors(self, site)
         self.A.copy_(a)
         self.B.copy_(b)
+
+    def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
+        super().take(tensors, config)
+        self.need_data()
+        WAITING.discard(self)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = as_factors(self.A, self.B, self.lead)
@@ -61,16 +77,8 @@ class LoRA(LowRank):
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
         return a, self.scale * b
 
-    def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        return *self.factors(), None if self.bias is None else self.scale * self.bias
-
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        w, b = super().fold(w, b)
-        return w, b if self.bias is None else self.scale * self.bias + (0 if b is None else b)
-
-    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        y = super().forward(x, layer)
-        return y if self.bias is None else y + layer.site.outputs(self.scale * self.bias)
+    def shift(self) -> Tensor | None:
+        return None if self.bias is None else self.scale * self.bias
 
     def pad(self, rank: int) -> None:
         """Make room for another adapter of a higher rank: directions that are zero, in no file."""
@@ -96,11 +104,7 @@ class LoRA(LowRank):
 
 
 def fixed_rank(part: LoRA, rank: int) -> None:
-    """Instead of ``pad``, where other tensors than A and B depend on the rank.
-
-    Raises:
-        ValueError: there is not enough room for the higher rank.
-    """
+    """Instead of ``pad``, where other tensors than A and B depend on the rank."""
     if rank > part.r:
         raise ValueError(
             f"the {type(part).__name__} at {part.site.path} has r={part.r}, and room for {rank} "

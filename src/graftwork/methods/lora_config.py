@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..config import TargetConfig
 from ..engine import Adapter
-from ..fields import check_rank, options, probability, whole
+from ..fields import check_rank, options, probability, ranges, whole
 from ..inits.options import CordaConfig, EvaConfig, LoraGAConfig
-from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from .lora_options import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +37,8 @@ VARIANTS = {
     "arrow_config": "arrow:Arrow",
     "mica": "mica:MiCA",  # a value of init_lora_weights
 }
-REFUSED = ("megatron_config", "layer_replication", "runtime_config")
+# PEFT's name of a penalty that programs there add by hand -> the option that asks for its variant
+PENALTIES = {"_get_kasa_loss": "kasa_config", "_get_monteclora_loss": "monteclora_config"}
 RESHAPED = ("use_qalora", "use_bdlora")  # variants whose factors have shapes of their own
 PLAIN_STARTS = ("true", "false", "gaussian")
 
@@ -61,26 +69,26 @@ class LoraConfig(TargetConfig, method="LORA", peft="all"):
     eva_config: Any = options(EvaConfig)  # of "eva"
     corda_config: Any = options(CordaConfig)  # of "corda"
     lora_ga_config: Any = options(LoraGAConfig)  # of "lora_ga"
-    layer_replication: Any = None  # PEFT's, not here
+    layer_replication: Sequence[Sequence[int]] | None = ranges(None)  # blocks to run, [start, end)
     megatron_config: dict[str, Any] | None = None  # PEFT's, not here
     megatron_core: str | None = "megatron.core"  # PEFT's
-    runtime_config: Any = None  # PEFT's, not here
+    runtime_config: Any = options(LoraRuntimeConfig)  # PEFT's, not in files
 
     PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     CONTEXT = ("alora_offsets",)
     LASTS = True
+    OFFERS = frozenset(PENALTIES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ranks = (self.rank_pattern or {}).values() if "rank_pattern" in self.PATTERNS else ()
         for r in (self.r, *ranks):
             check_rank(r, "r")
-        for name in REFUSED:
-            if getattr(self, name):
-                raise ValueError(
-                    f"graftwork does not have {name}, an option of PEFT's LoRA that changes what "
-                    "an adapter computes; leave it out, or use PEFT"
-                )
+        if self.megatron_config:
+            raise ValueError(
+                "graftwork does not have megatron_config, an option of PEFT's LoRA that changes "
+                "what an adapter computes; leave it out, or use PEFT"
+            )
         if self.variant in RESHAPED and str(self.init_lora_weights).lower() not in PLAIN_STARTS:
             raise ValueError(
                 f"{self.variant} gives A or B another shape, which init_lora_weights="
@@ -122,6 +130,11 @@ class LoraConfig(TargetConfig, method="LORA", peft="all"):
         from .alora import invoked
 
         return invoked(self.alora_invocation_tokens or (), args, kwargs)
+
+    def offer(self, root: Grafted, name: str, attribute: str) -> Any:
+        from ..interop.helpers import by_hand
+
+        return by_hand(root, PENALTIES[attribute])
 
     def has_penalty(self) -> bool:
         own = type(self).penalty is not LoraConfig.penalty

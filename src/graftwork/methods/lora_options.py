@@ -55,6 +55,18 @@ class MontecloraConfig(Options):
 
 
 @dataclass
+class LoraRuntimeConfig(Options):
+    """PEFT's, for machines: adapters here stay where their layer is."""
+
+    ephemeral_gpu_offload: bool = False  # not available
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ephemeral_gpu_offload:
+            raise ValueError("ephemeral_gpu_offload is not available; leave it out")
+
+
+@dataclass
 class ArrowConfig(Options):
     """Arrow: how a token chooses among adapters; ``create_arrow_model`` names these."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 
 from ..engine import Site
-from .lora import LINEAR_KEYS, LoRA, fixed_rank
+from .lora import LoRA, fixed_rank
 from .lora_config import LoraConfig
 
 KEYS = {"std": "std_prior", "logits": "expert_weights_prior", "var": "gaussian_var_prior",
@@ -21,7 +21,6 @@ KEYS = {"std": "std_prior", "logits": "expert_weights_prior", "var": "gaussian_v
 class MonteCLoRA(LoRA):
     """std (r,) and logits (n,) train, as logarithms; var (r, r) and w (n,) note the last draw."""
 
-    keys = LINEAR_KEYS
     stacked = False
     pad = fixed_rank
 

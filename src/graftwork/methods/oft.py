@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine import Site
 from ..errors import warn
-from ..fields import probability
+from ..fields import probability, whole
 from .rotation import Rotation, cayley, left_out, neumann, times_blocks
 
 
@@ -30,7 +30,7 @@ class OFTConfig(TargetConfig, method="OFT", peft="exclude fan bias save layers")
     eps: float = 6e-5  # radius of that ball
     block_share: bool = False  # one rotation for all blocks
     use_cayley_neumann: bool = True  # a sum of powers of Q; False: the exact transform
-    num_cayley_neumann_terms: int = 5  # of that sum
+    num_cayley_neumann_terms: int = whole(5, least=2)  # of that sum
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,8 +39,6 @@ class OFTConfig(TargetConfig, method="OFT", peft="exclude fan bias save layers")
                 f"r={self.r} blocks times oft_block_size={self.oft_block_size} are a layer's "
                 "inputs: give one of the two and set the other to 0, such as r=0"
             )
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
-            raise ValueError("num_cayley_neumann_terms=1 is the identity; give at least 2")
 
     def block_size(self, n: int, where: str) -> int:
         """The block size at a layer: that of the divisor of n that is nearest to what is wished."""

@@ -50,9 +50,6 @@ class OSF(LowRank, config=OSFConfig):
         "U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low",
     }  # fmt: skip
     stacked = True
-    U: nn.Parameter
-    S: nn.Parameter
-    V: nn.Parameter
     U0: Tensor
     S0: Tensor
     V0: Tensor
@@ -63,8 +60,8 @@ class OSF(LowRank, config=OSFConfig):
         super().__init__(config, site)
         (out, in_), self.high = site.shape, config.kept(site)
         k = min(site.shape) - self.high
-        for name, shape in (("U", (out, k)), ("S", (k,)), ("V", (k, in_))):
-            setattr(self, name, nn.Parameter(torch.empty(*site.lead, *shape)))
+        shapes = (out, k), (k,), (k, in_)
+        self.U, self.S, self.V = (nn.Parameter(torch.empty(*site.lead, *n)) for n in shapes)
         for name in ("U0", "S0", "V0", "Uh", "Vh"):
             self.register_buffer(name, None, persistent=False)
         self.r, self.random = min(2 * k, *site.shape), not config.init_weights

@@ -30,14 +30,12 @@ class PsoftConfig(TargetConfig, method="PSOFT", peft="exclude fan save layers"):
     psoft_mag_b: bool = True  # False: without b
     psoft_mag_a: bool = True  # False: without a
     use_cayley_neumann: bool = False  # C as a sum of powers of Q, nearly orthogonal
-    num_cayley_neumann_terms: int = 5  # of that sum
+    num_cayley_neumann_terms: int = whole(5, least=2)  # of that sum
     cayley_neumann_eps: float | None = None  # bound for ||Q|| there
     init_weights: bool = True  # False: not the identity at the start
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
-            raise ValueError("num_cayley_neumann_terms=1 is the identity; give at least 2")
         if (eps := self.cayley_neumann_eps) is not None and not 0 < eps < 1:
             raise ValueError(f"cayley_neumann_eps={eps} is not between 0 and 1; try 0.9")
 
@@ -63,6 +61,7 @@ class PSOFT(LowRank, config=PsoftConfig):
         self.v = nn.Parameter(torch.empty(len(rows) if config.psoft_orth else (r, r)))
         self.b = nn.Parameter(torch.empty(r)) if config.psoft_mag_b else None
         self.a = nn.Parameter(torch.empty(r)) if config.psoft_mag_a else None
+        self.drawn = ("A", "B") if config.psoft_svd == "lowrank" else ()
         self.config, self.r, self.dropout = config, r, nn.Dropout(config.psoft_dropout)
 
     def derive(self, site: Site) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine import LowRank, Shared, Site
 from ..fields import probability, whole
-from ..inits.drawn import generator, kaiming
+from ..inits.drawn import Frozen, generator, kaiming
 
 
 @dataclass
@@ -30,20 +30,11 @@ class PveraConfig(TargetConfig, method="PVERA", peft="fan bias save layers"):
     generator_seed: int | None = None  # seed of each layer's samples; None: torch's own
 
     def share(self, sites: Sequence[Site]) -> Shared:
+        """A (2 r, widest input), of means and of spreads, and B (widest output, r)."""
         r = max(self.at(s.path, s.parameter).r for s in sites)  # overrides may differ
-        return Projections(self, r, max(s.shape[0] for s in sites), max(s.shape[1] for s in sites))
-
-
-class Projections(Shared):
-    """A (2 r, widest input), of means and of spreads, and B (widest output, r)."""
-
-    keys = {"A": "pvera_A", "B": "pvera_B"}
-
-    def __init__(self, config: PveraConfig, r: int, out: int, in_: int) -> None:
-        super().__init__()
-        a, b = kaiming(config.projection_prng_key, (2 * r, in_), (out, r))
-        self.A = nn.Buffer(a, persistent=config.save_projection)
-        self.B = nn.Buffer(b, persistent=config.save_projection)
+        out, in_ = (max(sizes) for sizes in zip(*(s.shape for s in sites), strict=True))
+        a, b = kaiming(self.projection_prng_key, (2 * r, in_), (out, r))
+        return Frozen({"A": "pvera_A", "B": "pvera_B"}, self.save_projection, A=a, B=b)
 
 
 class PVeRA(LowRank, config=PveraConfig):
@@ -52,7 +43,7 @@ class PVeRA(LowRank, config=PveraConfig):
     keys = {"b": "pvera_lambda_b", "d": "pvera_lambda_d"}
     stacked = True
 
-    def __init__(self, config: PveraConfig, site: Site, shared: Projections) -> None:
+    def __init__(self, config: PveraConfig, site: Site, shared: Frozen) -> None:
         super().__init__(config, site, shared)
         self.shape, self.r, self.always = site.shape, config.r, config.sample_at_inference
         self.b = nn.Parameter(torch.empty(*site.lead, site.shape[0]))

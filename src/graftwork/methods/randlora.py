@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine import LowRank, Shared, Site
 from ..fields import probability, whole
-from .bases import Bases, bases
+from ..inits.drawn import Frozen
+from .bases import bases, drawn_bases
 
 
 @dataclass
@@ -32,7 +33,7 @@ class RandLoraConfig(TargetConfig, method="RANDLORA", peft="fan bias save layers
 
     def share(self, sites: Sequence[Site]) -> Shared:
         sides = [max(sizes) for sizes in zip(*(s.shape for s in sites), strict=True)]
-        return Bases(self, min(sides), max(sides))
+        return drawn_bases(self, min(sides), max(sides))
 
 
 def diagonals(a: Tensor, l: Tensor, g: Tensor) -> Tensor:  # noqa: E741
@@ -61,7 +62,7 @@ class RandLoRA(LowRank, config=RandLoraConfig):
     keys = {"l": "randlora_lambda", "g": "randlora_gamma"}
     stacked = True
 
-    def __init__(self, config: RandLoraConfig, site: Site, shared: Bases) -> None:
+    def __init__(self, config: RandLoraConfig, site: Site, shared: Frozen) -> None:
         super().__init__(config, site, shared)
         if config.r != (r := len(shared.A)):
             raise ValueError(f"r={config.r} at {site.path}: all layers share bases with r={r}")

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import Adapter, Host
-from ..engine.root import Grafted
-from ..engine.site import kind_of
+from ..engine.tree import inside
 from ..errors import StateError, TargetError
 from ..fields import probability, whole
 from ..targets.offer import Offer, Target
-from .shadow_side import Plan, Side
+from . import shadow_side as side
 
 
 @dataclass
@@ -37,46 +36,44 @@ class ShadowConfig(TargetConfig, method="SHADOW", peft="exclude layers save"):
     auxiliary_loss_weight: float = 0.05  # of the loss of the small model's own answers
 
     OFFERS = frozenset({"unload_shadow", "last_shadow_loss"})
+    SIZES = "num_hidden_layers hidden_size num_attention_heads intermediate_size".split()
+    before, after = side.before, side.after
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = "num_hidden_layers hidden_size num_attention_heads intermediate_size".split()
-        given = [n for n in own if getattr(self, f"shadow_{n}") is not None]
-        if given and self.shadow_model != "mirror":
-            raise ValueError(
-                f"shadow_{given[0]} is for a mirror; {self.shadow_model} has a size of its own"
-            )
-        self.plan: Plan | None = None
+        given = [n for n in self.SIZES if getattr(self, f"shadow_{n}") is not None]
+        if given and (other := self.shadow_model) != "mirror":
+            raise ValueError(f"shadow_{given[0]} is for a mirror; {other} has a size of its own")
 
     def prepare(self, offer: Offer) -> None:
         super().prepare(offer)
-        self.plan = Plan.of(self, offer)
+        model: Any = offer.model
+        if not hasattr(model, "get_decoder") or model.config.is_encoder_decoder:
+            raise TargetError(
+                f"a shadow follows one stack of transformer blocks, and a {type(model).__name__} "
+                "is none that is known"
+            )
+        self.model, self.stack = model, inside(model.get_decoder())  # until ``share``
 
     def places(self, offer: Offer, path: str) -> list[Target]:
         return [Target(path, offer.modules[path])]
 
     def usual(self, offer: Offer) -> Any:
-        assert self.plan is not None
-        return set(self.plan.blocks)
+        within = set(self.stack.modules())
+        lists = [m for m in offer.modules.values() if isinstance(m, nn.ModuleList) and m in within]
+        longest = max(lists, key=len, default=())
+        return {p for p in offer.modules if offer.modules.get(p.rpartition(".")[0]) is longest}
 
-    def share(self, sites: Any) -> Side:
-        plan, self.plan = self.plan, None
-        assert plan is not None
-        return Side(self, plan)
+    def share(self, sites: Any) -> side.Side:
+        return side.Side(self, vars(self).pop("model"), vars(self).pop("stack"))
 
     def build(self, host: Host, key: str, shared: Any) -> Adapter:
-        if kind_of(host.base_layer) or isinstance(host.base_layer, (nn.ModuleList, nn.ModuleDict)):
+        if host.site_of(key) or isinstance(host.base_layer, (nn.ModuleList, nn.ModuleDict)):
             raise TargetError(
                 f"a shadow follows whole blocks, and {host.path} is a "
                 f"{type(host.base_layer).__name__}; name blocks, such as 'layers.0'"
             )
-        return Shadow(self, host.path, shared)
-
-    def before(self, root: Grafted, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-        return root.switch.shared[name].before(root, name, args, kwargs)  # type: ignore[no-any-return]
-
-    def after(self, root: Grafted, name: str, outputs: Any, args: Any, kwargs: Any) -> Any:
-        return root.switch.shared[name].after(root, outputs, args, kwargs)
+        return Shadow(self.at(host.path), host.path, shared)
 
 
 class Shadow(Adapter, config=ShadowConfig):
@@ -85,10 +82,10 @@ class Shadow(Adapter, config=ShadowConfig):
     beside = True
     FORBIDS = {"merge": "its correction depends on the input and on earlier blocks"}
 
-    def __init__(self, config: ShadowConfig, path: str, shared: Side) -> None:
+    def __init__(self, config: ShadowConfig, path: str, shared: side.Side) -> None:
         super().__init__(config, None, shared)
         width, r, inner = shared.width, config.r, config.update_hidden_size or config.r
-        self.path, self.place, self.zero = path, shared.place(path), config.init_weights
+        self.path, self.zero = path, config.init_weights
         self.D, self.U = nn.Linear(width, r, bias=False), nn.Linear(r, width, bias=False)
         self.T, self.G = (
             nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
@@ -99,14 +96,13 @@ class Shadow(Adapter, config=ShadowConfig):
         self.keys = {k: f"shadow_{names[k[0]]}.default.{k[2:]}" for k in self.state_dict()}
 
     def start(self, site: Any) -> None:
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
+        for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            layer.reset_parameters()
         if self.zero:
             self.U.weight.zero_()
 
     def ahead(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        s = self.shared.state(context, self.place).to(x.dtype)
+        s = self.shared.front(self.path, context).to(x.dtype)
         if s.shape != x.shape:
             raise StateError(
                 f"{self.path} has the inputs {tuple(x.shape)}, and the shadow {tuple(s.shape)}: it "
@@ -115,8 +111,5 @@ class Shadow(Adapter, config=ShadowConfig):
         return self.scale * self.U(self.D(self.dropout(x - s)))  # type: ignore[no-any-return]
 
     def passed(self, y: Tensor, context: dict[str, Any]) -> None:
-        s, g = self.shared.state(context, self.place).to(y.dtype), self.G(y).sigmoid()
-        self.shared.trail(context)[self.place + 1] = s + g * (self.T(y) - s)
-
-    def delta_norm(self, w: Tensor) -> float:
-        return float("nan")
+        s, g = self.shared.front(self.path, context).to(y.dtype), self.G(y).sigmoid()
+        context[self.shared.name][1][self.path] = s + g * (self.T(y) - s)

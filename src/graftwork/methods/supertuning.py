@@ -69,10 +69,9 @@ class Supertuning(Sparse, config=SupertuningConfig):
         if self.saved:
             self.choose(site)
         self.v.zero_() if self.zero else self.v.normal_()
-        for p in (p for p in (self.A, self.B) if p is not None):
-            nn.init.kaiming_uniform_(p, a=5**0.5)
-        if self.B is not None and self.zero:
-            self.B.zero_()
+        if self.A is not None and self.B is not None:
+            nn.init.kaiming_uniform_(self.A, a=5**0.5)
+            self.B.zero_() if self.zero else nn.init.kaiming_uniform_(self.B, a=5**0.5)
 
     def choose(self, site: Site) -> None:
         """The entries of W with the largest magnitudes, or the smallest."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import Embedding, LowRank, Shared, Site
-from ..fields import choice, probability, whole
+from ..fields import between, choice, probability, whole
 from ..inits.drawn import generator
 
 
@@ -22,17 +22,12 @@ class TinyLoraConfig(TargetConfig, method="TINYLORA", peft="fan bias save layers
 
     r: int = whole(2)  # how many singular directions
     u: int = whole(64)  # length of v
-    weight_tying: float = 0.0  # 0: each layer has its own v; 1: all share one
+    weight_tying: float = between(0.0, 0, 1)  # 0: each layer has its own v; 1: all share one
     projection_seed: int = 42  # seed of P at the first layer; each further layer adds one
     save_projection: bool = True  # False: a reader draws P again from the seed
     init_v_bound: float = 0.02  # largest value of v at a start that is not zero
     tinylora_dropout: float = probability(0.0)  # probability, on the input, in training
     init_weights: bool | str = choice(True, False, "uniform")  # True: v starts at zero
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.weight_tying <= 1:
-            raise ValueError(f"weight_tying={self.weight_tying} is not between 0 and 1 (all)")
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Vectors(self, [site.name for site in sites])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import LowRank, Shared, Site
-from ..fields import probability, whole
+from ..fields import positive, probability, whole
 
 
 @dataclass
@@ -24,14 +24,9 @@ class UniLoraConfig(TargetConfig, method="UNILORA", peft="fan bias save layers")
     proj_seed: int = 42  # seed of the places
     theta_d_length: int = whole(256)  # length of theta
     unilora_dropout: float = probability(0.0)  # probability, on the input, in training
-    init_theta_d_bound: float = 0.02  # theta starts between -bound and bound; not the base
+    init_theta_d_bound: float = positive(0.02)  # theta starts within it; not the base
     init_weights: bool = True  # False: theta starts normal
     save_indices: bool = False  # False: a reader draws the places again, at the same layers
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_theta_d_bound <= 0:
-            raise ValueError(f"init_theta_d_bound={self.init_theta_d_bound} must be above 0")
 
     def share(self, sites: Sequence[Site]) -> Shared:
         return Theta(self, sites)
@@ -58,7 +53,10 @@ class Theta(Shared):
         super().__init__()
         self.theta = nn.Parameter(torch.empty(config.theta_d_length))
         self.bound = config.init_theta_d_bound if config.init_weights else None
-        shapes = {site.name: shapes_of(config, site) for site in sites}
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        for site in sites:
+            (out, in_), r = site.shape, config.at(site.path, site.parameter).r
+            shapes[site.name] = [(*site.lead, r, in_), (*site.lead, out, r)]
         sizes = [math.prod(shape) for both in shapes.values() for shape in both]
         every = drawn(config.proj_seed, config.theta_d_length, sum(sizes))
         scale, here = every.bincount().clamp(min=1).float().rsqrt(), torch.get_default_device()
@@ -69,17 +67,8 @@ class Theta(Shared):
         }
 
     def start(self) -> None:
-        if self.bound is None:
-            self.theta.normal_()
-        else:
-            self.theta.uniform_(-self.bound, self.bound)
-
-
-def shapes_of(config: UniLoraConfig, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B at a site."""
-    out, in_ = site.shape
-    r = config.at(site.path, site.parameter).r
-    return (*site.lead, r, in_), (*site.lead, out, r)
+        bound, theta = self.bound, self.theta
+        theta.normal_() if bound is None else theta.uniform_(-bound, bound)
 
 
 class UniLoRA(LowRank, config=UniLoraConfig):

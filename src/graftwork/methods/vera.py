@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine import LowRank, Shared, Site
 from ..fields import probability, whole
-from ..inits.drawn import kaiming
+from ..inits.drawn import Frozen, kaiming
 
 
 @dataclass
@@ -26,19 +26,10 @@ class VeraConfig(TargetConfig, method="VERA", peft="fan bias save layers"):
     init_weights: bool = True  # PEFT's switch; b starts at zero in any case
 
     def share(self, sites: Sequence[Site]) -> Shared:
-        return Projections(self, max(s.shape[0] for s in sites), max(s.shape[1] for s in sites))
-
-
-class Projections(Shared):
-    """A (r, widest input) and B (widest output, r), drawn on the CPU: A first, then B."""
-
-    keys = {"A": "vera_A", "B": "vera_B"}
-
-    def __init__(self, config: VeraConfig, out: int, in_: int) -> None:
-        super().__init__()
-        a, b = kaiming(config.projection_prng_key, (config.r, in_), (out, config.r))
-        self.A = nn.Buffer(a, persistent=config.save_projection)
-        self.B = nn.Buffer(b, persistent=config.save_projection)
+        """A (r, widest input) and B (widest output, r), drawn on the CPU: A first, then B."""
+        out, in_ = (max(sizes) for sizes in zip(*(s.shape for s in sites), strict=True))
+        a, b = kaiming(self.projection_prng_key, (self.r, in_), (out, self.r))
+        return Frozen({"A": "vera_A", "B": "vera_B"}, self.save_projection, A=a, B=b)
 
 
 class VeRA(LowRank, config=VeraConfig):
@@ -46,7 +37,7 @@ class VeRA(LowRank, config=VeraConfig):
 
     keys = {"b": "vera_lambda_b", "d": "vera_lambda_d"}
 
-    def __init__(self, config: VeraConfig, site: Site, shared: Projections) -> None:
+    def __init__(self, config: VeraConfig, site: Site, shared: Frozen) -> None:
         super().__init__(config, site, shared)
         self.shape, self.r, self.initial = site.shape, config.r, config.d_initial
         self.b, self.d = nn.Parameter(torch.empty(site.shape[0])), nn.Parameter(torch.empty(self.r))

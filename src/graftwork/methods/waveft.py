@@ -64,6 +64,7 @@ class WaveFT(Sparse, config=WaveFTConfig):
     """v (n,), the entries of S: four subbands, padded by what the inverse transform cuts off."""
 
     keys = {"v": "waveft_spectrum"}
+    drawn = ("at",)
 
     def __init__(self, config: WaveFTConfig, site: Site, shared: Budget | None = None) -> None:
         n = shared.at(site) if shared else config.n_frequency

@@ -4,26 +4,23 @@ each token, at will for each layer) a classifier reads off a first pass through 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import OPTIONAL, TargetConfig
-from ..engine import Adapter, Beneath, Host, Site
-from ..engine.root import Grafted
+from ..config import TargetConfig
+from ..engine.inject import switch_of
 from ..fields import probability, whole
 from ..files import nested
 from ..targets.offer import Offer
-from . import xlora_experts as disk
-from .xlora_classifier import FRONT, Classifier, hidden_size
-from .xlora_verbs import VERBS
+from .xlora_classifier import FRONT, Classifier, scalings
+from .xlora_experts import Expert, XLoRA
 
 
 @dataclass
-class XLoraConfig(TargetConfig, method="XLORA"):
+class XLoraConfig(TargetConfig, method="XLORA", peft=""):
     """Trained LoRAs, mixed for each token; they stand in the order of their names."""
 
     hidden_size: int | None = None  # of the model's last hidden state; None: the model's config
@@ -40,14 +37,14 @@ class XLoraConfig(TargetConfig, method="XLORA"):
     scaling_pass_value: float = 0.0  # every scaling in the first pass
     global_scaling_weight: float = 1.0  # g
 
-    BEYOND = OPTIONAL
-    OFFERS = VERBS
+    ADAPTER, before = XLoRA, scalings
+    OFFERS = frozenset(name for name in vars(Classifier) if not name.startswith("_"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.adapters = nested.in_order(self.adapters or {})
         self.nested: dict[str, tuple[str, str]] = {}  # where the experts are that came with it
-        self.experts: list[disk.Expert] = []
+        self.experts: list[Expert] = []
 
     def found(self, source: Any) -> dict[str, Tensor]:
         self.nested = nested.within(source, self.adapters)
@@ -57,9 +54,30 @@ class XLoraConfig(TargetConfig, method="XLORA"):
 
     def prepare(self, offer: Offer) -> None:
         super().prepare(offer)
-        self.hidden_size = hidden_size(offer.model, self.hidden_size)
-        self.experts = disk.read(self, offer)
+        if self.overrides:
+            raise ValueError("overrides has no meaning: one classifier scales all layers")
+        config, wanted = getattr(offer.model, "config", None), self.hidden_size
+        text = getattr(config, "get_text_config", lambda: config)()
+        self.hidden_size = known = getattr(text, "hidden_size", None) or wanted
+        if known is None:
+            raise ValueError(
+                "it is not known how wide the last hidden state of a "
+                f"{type(offer.model).__name__} is; give hidden_size"
+            )
+        if wanted not in (None, known):
+            raise ValueError(f"hidden_size={wanted}, but the model's is {known}; leave it out")
+        self.experts = self.read(offer)
         self.target_modules = "|".join(re.escape(p) for e in self.experts for p in e.paths)
+
+    def read(self, offer: Offer) -> list[Expert]:
+        """The experts, in their order."""
+        if not self.adapters:
+            raise ValueError(
+                "X-LoRA mixes trained LoRAs; name them: "
+                "XLoraConfig(adapters={'math': 'folder', ...})"
+            )
+        places = {name: (where, "") for name, where in self.adapters.items()} | self.nested
+        return [Expert(offer, *places[name]) for name in self.adapters]
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if k != "target_modules"}
@@ -67,46 +85,13 @@ class XLoraConfig(TargetConfig, method="XLORA"):
     def share(self, sites: Any) -> Classifier:
         return Classifier(self, sites)
 
-    def build(self, host: Host, key: str, shared: Any) -> Adapter:
-        return XLoRA(self, host.need_site(key), shared)
+    def folders(self, model: Any, name: str) -> dict[str, tuple[Any, dict[str, Tensor]]]:
+        files = [(expert.config, expert.tensors()) for expert in self.experts]
+        return dict(zip(self.adapters, files, strict=True))
 
-    def before(self, root: Grafted, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-        return root.switch.shared[name].before(root, name, args, kwargs)  # type: ignore[no-any-return]
-
-    folders, fill = disk.folders, disk.fill
-
-
-class XLoRA(Adapter, config=XLoraConfig):
-    """The experts that have factors at this layer, by their number."""
-
-    FORBIDS = {"merge": "its mixture depends on the input"}
-    ready = True
-
-    def __init__(self, config: XLoraConfig, site: Site, shared: Classifier) -> None:
-        super().__init__(config, site, shared)
-        self.place = shared.places[site.name]
-        self.experts = nn.ModuleDict()
-        for i, expert in enumerate(config.experts):
-            if site.path in expert.paths:
-                self.experts[str(i)] = expert.at(site, trains=config.use_trainable_adapters)
-
-    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        site, y = layer.site, layer(x)
-        s = self.shared.of(layer, x, self.place)  # (rows, positions, experts)
-        for i, expert in self.parts():
-            a, b, bias = expert.factored()
-            u = site.low_rank(expert.dropped(x), a, b) + (0 if bias is None else bias)
-            y = y + s[..., i, None] * u
-        return y
-
-    def file_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def rank(self) -> int:
-        return max(int(expert.rank()) for _, expert in self.parts())
-
-    def delta_norm(self, w: Tensor) -> float:
-        return math.hypot(*(expert.delta_norm(w) for _, expert in self.parts()))
-
-    def parts(self) -> list[tuple[int, Any]]:
-        return [(int(i), expert) for i, expert in self.experts.items()]
+    def fill(self, model: Any, name: str) -> None:
+        switch: Any = switch_of(model)
+        here = switch.configs[name].experts
+        for expert, new in zip(here, self.read(Offer(model)), strict=True):
+            for part in expert.parts:
+                new.give(part)

@@ -1,111 +1,116 @@
-"""The experts of X-LoRA: LoRAs in folders of their own."""
+"""The experts of X-LoRA: LoRAs in folders of their own, and their mixture at a layer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..config import PeftConfig
-from ..engine import Adapter, Site
-from ..engine.tree import hosts, parameters
-from ..errors import FileError, TargetError
+from ..engine import Adapter, Beneath, Site
+from ..engine.tree import parameters
+from ..errors import FileError, StateError, TargetError
 from ..files import codec, folder
 from ..files.hub import Source
 from ..targets.match import Match
-
-if TYPE_CHECKING:
-    from ..targets.offer import Offer
-    from .lora_config import LoraConfig
-    from .xlora import XLoraConfig
+from ..targets.offer import Offer
 
 BESIDE = "modules_to_save trainable_token_indices target_parameters use_dora".split()
 
 
-@dataclass
 class Expert:
-    """One LoRA on disk: its config, its tensors, and the layers that it adapts."""
+    """One LoRA on disk: its config, the layers that it adapts, its values until they are there."""
 
-    source: Source
-    config: LoraConfig
-    tensors: dict[str, Tensor]
-    paths: frozenset[str]
+    def __init__(self, offer: Offer, where: str, subfolder: str) -> None:
+        self.source = Source(where, subfolder)
+        config: Any = folder.config_of(self.source)
+        plain = config.method == "LORA" and config.bias == "none"
+        if not plain or any(getattr(config, name) for name in BESIDE):
+            raise TargetError(
+                f"{self.source} is no plain LoRA; X-LoRA mixes low-rank updates and nothing else, "
+                f"such as {', '.join(BESIDE)} or bias"
+            )
+        config.prepare(offer)
+        targets = Match(offer, config).targets()
+        self.config, self.paths = config, {target.path for target in targets}
+        if inner := next((target.name for target in targets if target.parameter), None):
+            raise TargetError(
+                f"{self.source} adapts {inner}, a parameter that its module's own code reads, and "
+                "X-LoRA scales what layers give; use experts without it"
+            )
+        self.parts: list[Adapter] = []  # what it is at each layer
+        self.values, base = folder.read_tensors(self.source), dict(parameters(offer.model))
+        fronts = tuple(f"{codec.PREFIX}{path}.lora_" for path in self.paths)
+        for name in [name for name in self.values if not name.startswith(fronts)]:
+            own = base.get(name.removeprefix(codec.PREFIX).replace(".base_layer.", "."))
+            if own is None or not torch.equal(own.cpu(), self.values.pop(name).to(own.dtype)):
+                raise FileError(f"{self.source} holds {name}, which is no part of a LoRA here")
 
-    def at(self, site: Site, trains: bool) -> Adapter:
-        """The LoRA at one layer, with its values."""
-        config = self.config.at(site.path)
-        part = config.adapter()(config, site)
-        part.derive(site)
-        part.prefix = f"{codec.PREFIX}{site.path}."
-        self.give(part)
-        part.requires_grad_(trains)
-        for name, p in list(part.named_parameters()) if not trains else ():
-            delattr(part, name)
-            part.register_buffer(name, p.data)  # nothing that unfreezes an adapter finds it
-        return part
-
+    @torch.no_grad()
     def give(self, part: Adapter) -> None:
         """Give a part its values, once."""
-        wanted = part.expects(self.config)
-        mine = {key: self.tensors.pop(part.prefix + key, torch.empty(0)) for key in wanted}
-        for key, shape in wanted.items():
-            if tuple(mine[key].shape) != shape:
+        mine = {}
+        for key, shape in part.expects(self.config).items():
+            mine[key] = self.values.pop(part.prefix + key, torch.empty(0))
+            if mine[key].shape != shape:
                 raise FileError(
                     f"{self.source} does not fit this model: {part.prefix}{key} is not there in "
                     f"the shape {shape}"
                 )
-        with torch.no_grad():
-            part.take(mine, self.config)
+        part.take(mine, self.config)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors as they are now, by their names in a file."""
+        every = [(part.prefix, part.file_tensors()) for part in self.parts]
+        return {front + key: t.detach() for front, own in every for key, t in own.items()}
 
 
-def read(config: XLoraConfig, offer: Offer) -> list[Expert]:
-    """The experts, in their order."""
-    if not config.adapters:
-        raise ValueError(
-            "X-LoRA mixes trained LoRAs; name them: XLoraConfig(adapters={'math': 'folder', ...})"
-        )
-    places = {name: (where, "") for name, where in config.adapters.items()} | config.nested
-    return [_read(Source(*places[name]), offer) for name in config.adapters]
+class XLoRA(Adapter):
+    """The experts that have factors at this layer, by their number."""
 
+    FORBIDS = {"merge": "its mixture depends on the input"}
+    ready = stacked = True
 
-def _read(source: Source, offer: Offer) -> Expert:
-    config: Any = folder.config_of(source)
-    if config.method != "LORA" or config.bias != "none" or any(getattr(config, n) for n in BESIDE):
-        raise TargetError(
-            f"{source} is no plain LoRA; X-LoRA mixes low-rank updates and nothing else, such as "
-            f"{', '.join(BESIDE)} or bias"
-        )
-    config.prepare(offer)
-    paths = frozenset(target.path for target in Match(offer, config).targets())
-    tensors, base = folder.read_tensors(source), dict(parameters(offer.model))
-    fronts = tuple(f"{codec.PREFIX}{path}.lora_" for path in paths)
-    for name in [name for name in tensors if not name.startswith(fronts)]:
-        own = base.get(name.removeprefix(codec.PREFIX).replace(".base_layer.", "."))
-        if own is None or not torch.equal(own.cpu(), tensors.pop(name).to(own.dtype)):
-            raise FileError(f"{source} holds {name}, which is no part of a LoRA here")
-    return Expert(source, config, tensors, paths)
+    def __init__(self, config: Any, site: Site, shared: Any) -> None:
+        super().__init__(config, site, shared)
+        self.place, frozen = shared.places[site.name], not config.use_trainable_adapters
+        self.experts: Any = nn.ModuleDict()
+        here = [(i, e) for i, e in enumerate(shared.config.experts) if site.path in e.paths]
+        for i, expert in here:
+            self.experts[str(i)] = part = expert.config.build(site.host, "", None)
+            part.derive(site)
+            part.prefix = f"{codec.PREFIX}{site.path}."
+            expert.give(part)
+            expert.parts.append(part)
+            for name, p in list(part.named_parameters()) if frozen else ():
+                delattr(part, name)  # nothing that unfreezes an adapter finds a buffer
+                setattr(part, name, nn.Buffer(p.data))
 
+    def forward(self, x: Tensor, layer: Beneath) -> Tensor:
+        site, y, s = layer.site, layer(x), layer.context.get(self.shared.name)
+        if s is None:
+            raise StateError(
+                f"{site.path} has no scalings: X-LoRA reads the model's own inputs, so call the "
+                "PeftModel, not the model inside it"
+            )
+        s = (s if s.ndim == 1 else s[:, :, self.place if s.shape[2] > 1 else 0]).to(x.device)
+        if s.ndim > 1 and s.shape[:2] != x.shape[:2]:
+            raise StateError(
+                f"{site.path} has the inputs {tuple(x.shape)}, not one for each of the tokens "
+                f"{tuple(s.shape[:2])} that X-LoRA has scaled; use experts without it"
+            )
+        for i, expert in self.experts.items():
+            a, b, bias = expert.factored()
+            u = site.low_rank(expert.dropped(x), a, b) + (0 if bias is None else bias)
+            y = y + s[..., int(i), None] * u
+        return y
 
-def _parts(model: Any, name: str) -> list[tuple[int, Adapter]]:
-    mixtures: list[Any] = [p for h in hosts(model).values() for _, p in h.parts_of(name)]
-    return [found for mixture in mixtures for found in mixture.parts()]
+    def file_tensors(self) -> dict[str, Tensor]:
+        return {}
 
+    def rank(self) -> int:
+        return max(int(expert.rank()) for expert in self.experts.values())
 
-def folders(config: XLoraConfig, model: Any, name: str) -> dict[str, tuple[PeftConfig, Any]]:
-    """What is to be saved of each expert: its config, and its tensors as they are now."""
-    found: list[dict[str, Tensor]] = [{} for _ in config.experts]
-    for i, part in _parts(model, name):
-        found[i].update({part.prefix + k: t.detach() for k, t in part.file_tensors().items()})
-    configs = [expert.config for expert in config.experts]
-    return dict(zip(config.adapters, zip(configs, found, strict=True), strict=True))
-
-
-def fill(config: XLoraConfig, model: Any, name: str) -> None:
-    """Give the experts of a mixture that is in place the values of another's files."""
-    from ..targets.offer import Offer
-
-    experts = read(config, Offer(model))
-    for i, part in _parts(model, name):
-        experts[i].give(part)
+    def delta_norm(self, w: Tensor) -> float:
+        return math.hypot(*(expert.delta_norm(w) for expert in self.experts.values()))

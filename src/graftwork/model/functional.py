@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import PeftConfig, TargetConfig
 from ..engine import inject as injection
+from ..engine.forwards import each_forward
 from ..engine.root import Grafted, delete
 from ..engine.switch import Switch
 from ..engine.tree import hosts, inside, walk
@@ -20,6 +21,7 @@ from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
 from ..targets.offer import Offer
+from ..targets.replicas import replicated, restore
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 
 
@@ -79,10 +81,14 @@ def _targets_of(
     from copy import copy
 
     names = [key.removeprefix(codec.PREFIX) for key in tensors]
-    offer = Offer(model)
+    switch = injection.switch_of(model) or Switch()
+    with replicated(model, config, switch):
+        offer = Offer(model)
     paths = {
         p for p in offer.modules if offer.adaptable(p) and any(n.startswith(f"{p}.") for n in names)
     }
+    if not switch.configs:
+        restore(model)
     if not paths:
         raise FileError(
             "no name in state_dict belongs to a layer of the model" + f"; e.g. {names[:3]}"
@@ -260,9 +266,10 @@ def set_adapter(
         host.set_adapter(names, inference_mode)
 
 
+@contextmanager
 def using(
     model: nn.Module, *names: str, rows: Sequence[str] | None = None, **values: Any
-) -> AbstractContextManager[None]:
+) -> Iterator[None]:
     """Within the block, in this thread, a model with injected adapters computes with this choice.
 
     Args:
@@ -272,7 +279,9 @@ def using(
         **values: what adapters read from a call, such as ``task_ids``.
     """
     root = Grafted.around(user_model(model))
-    return root.using(*(names or root.active_adapters), rows=rows, **values)
+    names = names or tuple(root.active_adapters)
+    with root.using(*names, rows=rows, **values), each_forward(root, rows or names):
+        yield
 
 
 def set_requires_grad(model: nn.Module, adapter_names: Any, requires_grad: bool = True) -> None:

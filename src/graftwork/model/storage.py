@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
-from ..files import codec, identity
-from ..files.folder import config_of, note_of, read_tensors, read_training, write
+from ..files import codec, identity, starts
+from ..files.folder import config_of, note_of, read_beside, read_tensors, write
 from ..files.hub import HUB_OPTIONS, Source
 from .functional import get_peft_model_state_dict
 
@@ -83,7 +83,9 @@ def save(
             config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
         )
         target = folder if name == "default" else folder / name
-        write(target, config, tensors, note, training_state(model, name))
+        start = {} if plain else starts.state(model.get_base_model(), name)
+        beside = {"training": training_state(model, name), "start": start}
+        write(target, config, tensors, note, beside)
         for inner, (own, values) in config.folders(model.get_base_model(), name).items():
             if name == "default" and inner in names:
                 raise StateError(
@@ -167,7 +169,8 @@ class Loader:
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
         self.key_mapping = key_mapping
-        self.training = read_training(self.source) if is_trainable else {}
+        self.training = read_beside(self.source, "training") if is_trainable else {}
+        self.start = read_beside(self.source, "start")
         if self.training and hasattr(self.config, "rank_pattern"):
             self.file_config = copy(self.config)
             if self.config.has_schedule():
@@ -186,6 +189,7 @@ class Loader:
         parts = codec.owned(base, name, self.file_config)
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
         codec.judge(report, str(self.source), self.strict, self._hint(base))
+        starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
         if report.missing and new:
             _start_missing(base, name, parts, found)
         codec.fill(base, parts, self.tensors, found)
@@ -214,12 +218,11 @@ class Loader:
 
     def _check_same(self, own: PeftConfig) -> None:
         mine, theirs = own.to_dict(), self.file_config.to_dict()
-        learned = {"rank_pattern"} if own.has_schedule() else set()
-        other = [
-            k
-            for k in mine
-            if k not in FLEETING | learned and _plain(mine[k]) != _plain(theirs.get(k, mine[k]))
-        ]
+        free = FLEETING | ({"rank_pattern"} if own.has_schedule() else set())
+        if any(_subtracts(config.get("init_lora_weights")) for config in (mine, theirs)):
+            free = free - {"init_lora_weights"}  # the file's B A is beside what was taken away
+        every = [k for k in mine if k not in free]
+        other = [k for k in every if _plain(mine[k]) != _plain(theirs.get(k, mine[k]))]
         if own.method != self.file_config.method or other:
             what = (
                 ", ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in other)
@@ -229,6 +232,14 @@ class Loader:
                 f"{self.source} was saved with another config than this adapter has ({what}); load "
                 "it under a name of its own"
             )
+
+
+def _subtracts(how: Any) -> bool:
+    """Whether a start of this name is taken away again."""
+    from ..inits import STARTS
+
+    start = STARTS.get(str(how).lower().partition("_niter")[0])
+    return start is not None and start.subtract
 
 
 def _plain(value: Any) -> Any:

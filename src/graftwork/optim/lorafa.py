@@ -13,22 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import warn
-from .pairs import Pair, pairs
+from ..methods.lora import LoRA
+from .pairs import pairs, preconditioned, roles
 
 DAMPING = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """AdamW, which projects the gradients of LoRAs whose other factor is frozen.
+    """AdamW, which projects the gradients of LoRAs (``lora_pairs``) whose other factor is frozen.
 
-    Args:
-        params: parameters, or groups of them.
-        lr: the rate.
-        betas: of the running means of the gradient and its square.
-        eps: added to the root of the latter.
-        weight_decay: a share of the rate.
-        correct_bias: whether the means are corrected for their start at zero.
-        lora_pairs: the LoRAs; ``create_lorafa_optimizer`` finds them.
+    ``correct_bias``: whether the running means are corrected for their start at zero.
     """
 
     def __init__(
@@ -39,7 +33,7 @@ class LoraFAOptimizer(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
-        lora_pairs: Iterable[Pair] = (),
+        lora_pairs: Iterable[LoRA] = (),
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
@@ -48,7 +42,7 @@ class LoraFAOptimizer(Optimizer):
             raise ValueError(f"betas={betas} must be below 1, and not negative")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "correct_bias": correct_bias})
-        self.pair_of = {id(pair.learned): pair for pair in lora_pairs}
+        self.part_of = {id(roles(part)[1]): part for part in lora_pairs}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,8 +54,8 @@ class LoraFAOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    pair = self.pair_of.get(id(p))
-                    self._update(p, p.grad if pair is None else projected(pair), group)
+                    part = self.part_of.get(id(p))
+                    self._update(p, p.grad if part is None else projected(part), group)
         return loss
 
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
@@ -78,24 +72,10 @@ class LoraFAOptimizer(Optimizer):
         p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def projected(pair: Pair) -> Tensor:
+def projected(part: LoRA) -> Tensor:
     """The gradient of B for the step of B A that is nearest to W's own; of A at an embedding."""
-    g, s = pair.learned.grad, pair.part.scale
-    assert g is not None
-    wide = torch.promote_types(g.dtype, torch.float32)
-    if pair.embedding:
-        g_a, b = pair.matrices(g.to(wide), pair.part.B.to(wide))
-        new = pair.stored(_inverse(b.mT @ b) @ g_a / s**2, b)[0]
-    else:
-        a, g_b = pair.matrices(pair.part.A.to(wide), g.to(wide))
-        new = pair.stored(a, g_b @ _inverse(a @ a.mT) / s**2)[1]
-    return new.to(g.dtype)
-
-
-def _inverse(square: Tensor) -> Tensor:
-    eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
-    inverse: Tensor = torch.linalg.pinv(square + DAMPING * eye)
-    return inverse
+    _, learned = roles(part)
+    return (preconditioned(part, learned, DAMPING) / part.scale**2).to(learned.dtype)
 
 
 def create_lorafa_optimizer(
@@ -108,13 +88,7 @@ def create_lorafa_optimizer(
 ) -> LoraFAOptimizer:
     """Freeze the random factor of every LoRA that trains, and make its optimizer.
 
-    Args:
-        model: a model with LoRAs.
-        r: PEFT's argument; each layer's own rank counts.
-        lora_alpha: the same.
-        lr: the rate.
-        weight_decay: AdamW's.
-        use_rslora: the same as ``r``.
+    ``r``, ``lora_alpha`` and ``use_rslora`` are PEFT's arguments; each layer's own scale counts.
 
     Raises:
         ValueError: no LoRA trains.
@@ -122,7 +96,7 @@ def create_lorafa_optimizer(
     found = pairs(model)
     if not found:
         raise ValueError("no LoRA of this model trains; LoRA-FA is for models with a LoraConfig")
-    scales = {float(pair.part.scale) for pair in found}
+    scales = {float(part.scale) for part in found}
     roots = (False, True) if use_rslora is None else (use_rslora,)
     meant = [lora_alpha / (math.sqrt(r) if root else r) for root in roots]
     if not any(math.isclose(s, m) for s in scales for m in meant):
@@ -130,7 +104,7 @@ def create_lorafa_optimizer(
             f"r={r} and lora_alpha={lora_alpha} fit no LoRA of this model, whose scales are "
             f"{sorted(scales)}; those of the layers are used"
         )
-    for pair in found:
-        pair.frozen.requires_grad_(False)
+    for part in found:
+        roles(part)[0].requires_grad_(False)
     params = [p for p in model.parameters() if p.requires_grad]
     return LoraFAOptimizer(params, lr, weight_decay=weight_decay, lora_pairs=found)

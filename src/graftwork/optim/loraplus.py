@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .pairs import names_in_files
+from ..engine.adapter import Part
 
 EIGHT_BITS = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
@@ -38,39 +38,28 @@ def create_loraplus_optimizer(
     """
     if loraplus_lr_ratio <= 0:
         raise ValueError(f"loraplus_lr_ratio={loraplus_lr_ratio} must be positive; try 16")
-    fast = lr * loraplus_lr_ratio
-    rates = {"A": lr, "embedding": loraplus_lr_embedding, "B": fast, "B without decay": fast}
-    groups: dict[str, dict[str, Any]] = {
-        name: {"params": [], "weight_decay": loraplus_weight_decay, "lr": rate}
-        for name, rate in rates.items()
-    }
-    groups["B without decay"]["weight_decay"] = 0.0
-    keys, still = {id(p): key for p, key in names_in_files(model)}, _undecayed(model)
+    fast, decay = lr * loraplus_lr_ratio, loraplus_weight_decay
+    kinds = (lr, decay), (loraplus_lr_embedding, decay), (fast, decay), (fast, 0.0)
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": d, "lr": r} for r, d in kinds]
+    of_a, of_embeddings, of_b, undecayed = (group["params"] for group in groups)
+    owned = [(module, *one) for module in model.modules() for one in module._parameters.items()]
+    names = {id(p): m.keys.get(n, n) for m, n, p in owned if isinstance(m, Part)}  # in files
+    # biases and the gains of norms, which weight decay would pull to zero
+    still = {id(p) for m, n, p in owned if n == "bias" or "norm" in type(m).__name__.lower()}
     for p in (p for p in model.parameters() if p.requires_grad):
-        key = keys.get(id(p), "")
-        if key.startswith("lora_embedding"):
-            group = "embedding"
-        elif key.startswith("lora_B") or p.ndim == 1:
-            group = "B without decay" if id(p) in still or "bias" in key else "B"
+        name = names.get(id(p), "")
+        if name.startswith("lora_embedding"):
+            of_embeddings.append(p)
+        elif name.startswith("lora_B") or p.ndim == 1:
+            (undecayed if id(p) in still or "bias" in name else of_b).append(p)
         else:
-            group = "A"
-        groups[group]["params"].append(p)
-    if not any(group["params"] for group in groups.values()):
+            of_a.append(p)
+    if not any(group["params"] for group in groups):
         raise ValueError("no tensor of this model trains; attach an adapter, or set_adapter one")
-    optimizer = optimizer_cls(list(groups.values()), **kwargs)
+    optimizer = optimizer_cls(groups, **kwargs)
     if optimizer_cls.__name__ in EIGHT_BITS:
         _embeddings_in_full(model)
     return optimizer
-
-
-def _undecayed(model: nn.Module) -> set[int]:
-    """Biases and the gains of norms, which weight decay would pull to zero."""
-    return {
-        id(p)
-        for module in model.modules()
-        for name, p in module.named_parameters(recurse=False)
-        if name == "bias" or "norm" in type(module).__name__.lower()
-    }
 
 
 def _embeddings_in_full(model: nn.Module) -> None:

@@ -1,63 +1,40 @@
-"""The trained tensors of a model's adapters, and the factors of its LoRAs."""
+"""The LoRAs of a model that train, and their gradients on the way to the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
+import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Part
-from ..engine.site import Site, as_factors
-from ..engine.tree import hosts
+from ..calibrate.layers import loras
+from ..engine.site import Embedding, as_factors
 from ..methods.lora import LoRA
-from ..model.functional import user_model
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A LoRA's factors: A (..., r, in) and B (..., out, r), stored as PEFT stores them."""
-
-    part: LoRA
-    site: Site
-
-    @property
-    def frozen(self) -> nn.Parameter:
-        """The factor that is random at the start: A, or B at an embedding."""
-        return self.part.B if self.embedding else self.part.A
-
-    @property
-    def learned(self) -> nn.Parameter:
-        """The factor that is zero at the start."""
-        return self.part.A if self.embedding else self.part.B
-
-    @property
-    def embedding(self) -> bool:
-        return "lora_embedding_A" in self.part.keys.values()
-
-    def matrices(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored tensors as matrices."""
-        return as_factors(a, b, self.part.lead)
-
-    def stored(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Matrices as they are stored."""
-        return self.site.from_factors(a, b)
-
-
-def pairs(model: nn.Module) -> list[Pair]:
+def pairs(model: nn.Module) -> list[LoRA]:
     """The LoRAs of a model's adapters that train."""
-    found = []
-    for host in hosts(user_model(model)).values():
-        for name in host.adapters:
-            for key, part in host.parts_of(name):
-                if isinstance(part, LoRA) and (part.A.requires_grad or part.B.requires_grad):
-                    found.append(Pair(part, host.need_site(key)))
-    return found
+    return [part for part in loras(model) if part.A.requires_grad or part.B.requires_grad]
 
 
-def names_in_files(model: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
-    """The tensors of adapters, with the last part of their names in a file."""
-    for module in model.modules():
-        if isinstance(module, Part):
-            for name, parameter in module.named_parameters(recurse=False):
-                yield parameter, module.keys.get(name, name)
+def roles(part: LoRA) -> tuple[nn.Parameter, nn.Parameter]:
+    """The factor that is random at the start, and the one that is zero: A and B; at an embedding B
+    and A.
+    """
+    return (part.B, part.A) if isinstance(part.site, Embedding) else (part.A, part.B)
+
+
+def preconditioned(part: LoRA, p: nn.Parameter, damping: float) -> Tensor:
+    """(B'B + damping)^-1 g_A where p is A, g_B (A A' + damping)^-1 where it is B."""
+    assert p.grad is not None
+    wide = torch.promote_types(p.grad.dtype, torch.float32)
+    a, b, g = part.A.to(wide), part.B.to(wide), p.grad.to(wide)
+    if p is part.A:
+        g, b = as_factors(g, b, part.lead)
+        return part.site.from_factors(_inverse(b.mT @ b, damping) @ g, b)[0]
+    a, g = as_factors(a, g, part.lead)
+    return part.site.from_factors(a, g @ _inverse(a @ a.mT, damping))[1]
+
+
+def _inverse(square: Tensor, damping: float) -> Tensor:
+    eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
+    inverse: Tensor = torch.linalg.pinv(square + damping * eye)
+    return inverse

@@ -8,10 +8,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from .pairs import Pair, pairs
+from .pairs import pairs, preconditioned
 
 
 def create_riemannian_optimizer(
@@ -49,33 +49,17 @@ def create_riemannian_optimizer(
     options: dict[str, Any] = {"lr": lr, **kwargs}
     optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **options)
 
+    @torch.no_grad()
     def before(_: Optimizer, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], given.get("closure"))):
             raise ValueError(
                 "a closure computes new gradients inside the step, after they were "
                 "preconditioned; compute them before, and call step() without it"
             )
-        for pair in found:
-            precondition(pair, reg)
+        for part in found:
+            for p in (part.A, part.B):
+                if p.grad is not None:
+                    p.grad.copy_(preconditioned(part, p, reg))
 
     optimizer.register_step_pre_hook(before)
     return optimizer
-
-
-@torch.no_grad()
-def precondition(pair: Pair, reg: float) -> None:
-    """Rescale the gradients of A and B, in place."""
-    wide = torch.promote_types(pair.part.A.dtype, torch.float32)
-    a, b = pair.matrices(pair.part.A.to(wide), pair.part.B.to(wide))
-    if (g := pair.part.A.grad) is not None:
-        g_a, _ = pair.matrices(g.to(wide), pair.part.B.to(wide))
-        g.copy_(pair.stored(_inverse(b.mT @ b, reg) @ g_a, b)[0])
-    if (g := pair.part.B.grad) is not None:
-        _, g_b = pair.matrices(pair.part.A.to(wide), g.to(wide))
-        g.copy_(pair.stored(a, g_b @ _inverse(a @ a.mT, reg))[1])
-
-
-def _inverse(square: Tensor, reg: float) -> Tensor:
-    eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
-    inverse: Tensor = torch.linalg.pinv(square + reg * eye)
-    return inverse

@@ -12,6 +12,7 @@ from torch import nn
 from ..engine.site import Standing, kind_of
 from ..engine.tree import inside, mark, parameters, walk
 from ..errors import TargetError
+from .replicas import there
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Offer:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, nn.Module] = {path: inside(m) for path, m in walk(model) if path}
+        self.repeated = there(model)
+        spare = tuple(f"{p}.{n}." for p, r in self.repeated.items() for n in r.spare())
+        every = ((p, m) for p, m in walk(model) if p and not f"{p}.".startswith(spare))
+        self.modules: dict[str, nn.Module] = {path: inside(m) for path, m in every}
         self.by_leaf: dict[str, list[str]] = {}
         for path in self.modules:
             self.by_leaf.setdefault(leaf(path), []).append(path)
@@ -43,9 +47,10 @@ class Offer:
     def ends(self) -> dict[str, list[str]]:
         """Path of a layer with a tied weight -> the paths of the others that have it."""
         groups: dict[Any, list[str]] = {}
+        blocks = tuple(f"{path}." for path in self.repeated)  # copies are no ends
         for name, p in parameters(self.model):
             path, _, own = name.rpartition(".")
-            if own == "weight" and path:
+            if own == "weight" and path and not path.startswith(blocks):
                 groups.setdefault(mark(p), []).append(path)
         layers = self.modules
         return {

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.host import LayerHost
 from ..errors import MergeError, StateError
 from ..model.peft_model import PeftModel
-from .bench import Bench, close, shake
+from .bench import Bench, close, parts_of, shake
 
 
 def starts_as_identity(bench: Bench) -> None:
@@ -58,10 +59,11 @@ def forward_is_the_folded_weight(bench: Bench) -> None:
 def _unmergeable(bench: Bench) -> str:
     if reason := bench.forbids("merge"):
         return reason
-    layer: Any = bench.base().l
-    parts = [p for h in bench.model(0).base_model.hosts().values() for p in h.parts(("a0",))]
-    biased = any(getattr(part, "bias", None) is not None for part in parts)
-    return "layer has none" if biased and getattr(layer, "bias", None) is None else ""
+    if getattr(bench.base().l, "bias", None) is not None:
+        return ""
+    hosts = [h for h in bench.model(0).base_model.hosts().values() if isinstance(h, LayerHost)]
+    folded = [p.fold(h.site.weight, None) for h in hosts for _, p in h.parts_of("a0")]
+    return "layer has none" if any(b is not None for _, b in folded) else ""
 
 
 def _refuses(call: Callable[[], Any], reason: str, kind: type[Exception] = MergeError) -> None:
@@ -92,7 +94,7 @@ def unloading_gives_back_the_model(bench: Bench) -> None:
     model.l.register_forward_hook(_hook)
     parts = {name: id(module) for name, module in model.named_modules()}
     tensors = {n: (t, t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
-    wrapped: Any = PeftModel(model, bench.config())
+    wrapped = bench.setup().attach(model, bench.config(), "a0", bench.x())
     shake(wrapped)
     bench.run(wrapped)
     back = wrapped.unload()
@@ -114,7 +116,7 @@ def saving_keeps_every_bit(bench: Bench) -> None:
     model = bench.model()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded: Any = PeftModel.from_pretrained(bench.base(), f"{folder}/a0", adapter_name="a0")
+        loaded = bench.setup().load(bench.base(), f"{folder}/a0", "a0", bench.x())
     model.requires_grad_(False), loaded.requires_grad_(False)  # torch has kernels for either case
     with torch.no_grad():
         assert torch.equal(bench.run(loaded), bench.run(model))
@@ -153,8 +155,7 @@ def works_in(dtype: torch.dtype, bench: Bench) -> None:
     Copies of modules keep their own dtype.
     """
     model = bench.model(dtype=dtype)
-    parts = [p for h in model.base_model.hosts().values() for p in h.parts(("a0",))]
-    copies = any(part.instead() is not None for part in parts)
+    copies = any(part.instead() is not None for part in parts_of(model, "a0"))
     wide = dtype if copies else torch.promote_types(dtype, torch.float32)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {wide}
     adapted = bench.run(model, dtype=dtype)
@@ -194,8 +195,8 @@ def stacks_with_another(bench: Bench) -> None:
     """Two active adapters are one folded weight, in either order; one that hides is refused."""
     model = bench.model()
     for order in ("a0", "a1"), ("a1", "a0"):
-        hosts = model.base_model.hosts().values()
-        if any(part.instead() is not None for host in hosts for part in host.parts(order[1:])):
+        shared = [h for h in model.base_model.hosts().values() if h.parts(order[:1])]
+        if any(part.instead() is not None for host in shared for part in host.parts(order[1:])):
             _refuses(partial(model.set_adapter, list(order)), "in place of", StateError)
             continue
         model.set_adapter(list(order))
@@ -213,13 +214,18 @@ def stacks_with_another(bench: Bench) -> None:
 
 
 def mixes_in_a_batch(bench: Bench) -> None:
-    """Each row of a mixed batch is as alone."""
+    """Each row of a mixed batch is as alone; of an adapter that looks at the rows together, all of
+    its rows are as they are without the others.
+    """
     model = bench.model()
     rows = ["a1", "a0", "__base__", "a0"]
     mixed = bench.run(model, adapter_names=rows)
-    for i, name in enumerate(rows):
+    for name in dict.fromkeys(rows):
+        index = [i for i, own in enumerate(rows) if own == name]
+        together = any(part.together for part in parts_of(model, name))
         with model.using(*([] if name == "__base__" else [name])):
-            close(mixed[i : i + 1], bench.run(model, slice(i, i + 1)))
+            for own in [index] if together else [[i] for i in index]:
+                close(mixed[own], bench.run(model, own))
 
 
 def _base_tensors(model: PeftModel) -> dict[str, Tensor]:

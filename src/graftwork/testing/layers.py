@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,27 @@ class Experts(nn.Module):
         return torch.einsum("bei,eio->bo", torch.einsum("bi,eio->beo", x, up).tanh(), down)
 
 
+class Told(NamedTuple):
+    """What a model gives that is asked for its hidden states, as transformers' models are."""
+
+    hidden_states: tuple[Tensor, ...]
+    logits: Tensor
+
+
 class One(nn.Module):
-    """A model of one layer, called ``l``."""
+    """A model of one layer, called ``l``; what the layer gives is its hidden state."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.l = layer
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(
+        self, x: Tensor, output_hidden_states: bool = False, return_dict: bool = False
+    ) -> Any:
+        y = self.run(x)
+        return Told((y,), y) if output_hidden_states else y
+
+    def run(self, x: Tensor) -> Any:
         layer: Any = getattr(self.l, "base_layer", self.l)
         if not isinstance(layer, nn.MultiheadAttention):
             return self.l(x)
@@ -79,6 +92,7 @@ class Kind:
             used), "stacked", "tokens" (it has a vocabulary), "bias" (it has one), "biased" (its
             module has some).
         fields: what a config needs beside its own fields to sit there.
+        whole: whether it is no layer but a whole model.
     """
 
     layer: Callable[[], nn.Module]
@@ -86,6 +100,7 @@ class Kind:
     about: str
     tags: frozenset[str] = frozenset()
     fields: dict[str, Any] = field(default_factory=lambda: {"target_modules": {"l"}})
+    whole: bool = False
 
 
 def _conv1d() -> nn.Module:

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from torch._dynamo.testing import CompileCounter
 from ..config import OPTIONAL, PeftConfig
 from ..methods.lora_config import LoraConfig
 from ..model import functional, updating
-from ..model.peft_model import PeftModel
 from . import laws
-from .bench import close, shake
-from .entry import IDS, Entry, Small
+from .bench import close, parts_of, shake
+from .entry import IDS, Entry
 
 LAYERS = {
     "Linear": "linear linear_3d",
@@ -45,20 +44,18 @@ def _reloads(entry: Entry, model: Any, tied: bool = False, **options: Any) -> No
     """Saved and loaded again it gives the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded: Any = PeftModel.from_pretrained(
-            Small(tied).eval(), f"{folder}/a0", adapter_name="a0", **options
-        )
+        loaded = entry.loaded(folder, tied, **options)
     model.requires_grad_(False), loaded.requires_grad_(False)
     assert torch.equal(entry.run(loaded.eval()), entry.run(model)), "loaded, it answers otherwise"
 
 
 def _sites(model: Any) -> set[str]:
-    return set(model.base_model.hosts())
+    return {path for path, host in model.base_model.hosts().items() if host.parts_of("a0")}
 
 
 def merge(entry: Entry) -> None:
     """Merged, the model answers as before."""
-    bench = entry.bench(entry.kind)
+    bench = entry.bench()
     model = bench.model()
     before = bench.run(model)
     model.merge_adapter()
@@ -68,35 +65,34 @@ def merge(entry: Entry) -> None:
 
 def unmerge(entry: Entry) -> None:
     """Unmerging restores every bit."""
-    bench = entry.bench(entry.kind)
-    model, base = bench.model(), bench.base().l.state_dict()
+    bench = entry.bench()
+    model, base = bench.model(), bench.base().state_dict()
     model.merge_adapter()
     model.unmerge_adapter()
-    back = model.unload().l.state_dict()
+    back = model.unload().state_dict()
     assert all(torch.equal(back[name], base[name]) for name in base)
 
 
 def multi(entry: Entry) -> None:
     """Two adapters of the method are active at once, in either order."""
-    bench = entry.bench(entry.kind, entry.second)
+    bench = entry.pair()
     bench.model().set_adapter(["a0", "a1"])
     laws.stacks_with_another(bench)
 
 
 def mixbatch(entry: Entry) -> None:
-    """Each row of a mixed batch is as alone."""
-    laws.mixes_in_a_batch(entry.bench(entry.kind, entry.second))
+    """Each row of a mixed batch is as alone, or an adapter's rows as they are without others."""
+    laws.mixes_in_a_batch(entry.pair())
 
 
 def disable(entry: Entry) -> None:
     """Disabled, the model is the base model."""
-    laws.has_an_effect(entry.bench(entry.kind))
+    laws.has_an_effect(entry.bench())
 
 
 def hotswap(entry: Entry) -> None:
     """Another adapter's values take effect without another compilation."""
-    model, other = entry.small(), entry.small()
-    shake(other, seed=5)
+    model, other = _apart(entry)
     want = entry.run(other)
     updating.prepare_model_for_compiled_hotswap(model, target_rank=_rank(other))
     counter: Any = CompileCounter()
@@ -115,6 +111,30 @@ def hotswap(entry: Entry) -> None:
     assert counter.frame_count == before, "it was compiled again"
 
 
+def _apart(entry: Entry) -> tuple[Any, Any]:
+    """Two models with adapters of the method that have other values.
+
+    Raises:
+        MeaninglessError: the method has no values of its own.
+    """
+    model, other = entry.small(), entry.small()
+    shake(other, seed=5)
+    if torch.equal(entry.run(model), entry.run(other)):
+        raise MeaninglessError("it has no values of its own")
+    return model, other
+
+
+def _changes_layers(entry: Entry) -> None:
+    """Nothing where the method has updates of layers.
+
+    Raises:
+        MeaninglessError: it follows whole blocks, or has no values of its own.
+    """
+    if not entry.kinds:
+        raise MeaninglessError("it follows whole blocks")
+    _apart(entry)
+
+
 def _rank(model: Any) -> int | None:
     ranks = [row.rank for row in model.adapters() if row.rank is not None]
     return max(ranks, default=None)
@@ -122,7 +142,8 @@ def _rank(model: Any) -> int | None:
 
 def weighted(entry: Entry) -> None:
     """A combination is that of the updates."""
-    bench = entry.bench(entry.kind, entry.second)
+    _changes_layers(entry)
+    bench = entry.pair()
     model = bench.model()
     outputs = []
     for names in ([], ["a0"], ["a1"]):
@@ -136,7 +157,7 @@ def weighted(entry: Entry) -> None:
 
 def delete(entry: Entry) -> None:
     """Deleted, it is gone, and what is left is as before."""
-    bench = entry.bench(entry.kind, entry.second)
+    bench = entry.pair()
     model = bench.model(active=["a1"])
     alone = bench.run(model)
     model.delete_adapter("a0")
@@ -158,9 +179,9 @@ def layer(kinds: str) -> Callable[[Entry], None]:
 
 def tied(entry: Entry) -> None:
     """At a tied embedding the other end keeps its weight, merged and saved as well."""
-    model = entry.small(entry.at(["embed"]), tied=True)
+    model = entry.small(entry.at(entry.ends[:1]), tied=True)
     with torch.no_grad(), model.disable_adapter():
-        assert torch.equal(entry.run(model), Small(True).eval()(IDS))
+        assert torch.equal(entry.run(model), entry.base(True)(IDS))
     adapted = entry.run(model)
     _reloads(entry, model, tied=True)
     if entry.bench("embedding").forbids("merge"):
@@ -169,22 +190,25 @@ def tied(entry: Entry) -> None:
     close(entry.run(model), adapted)
     model.unmerge_adapter()
     assert torch.equal(entry.run(model), adapted)
-    close(Small.forward(model.merge_and_unload(), IDS), adapted)
+    close(model.merge_and_unload()(IDS), adapted)
 
 
 def overrides(entry: Entry) -> None:
-    """A field has another value at one path."""
-    where = "1.up" if "linear" in entry.kinds else "embed"
+    """A field has another value at one place, which makes a difference."""
+    plain = entry.small()
+    where = max(_sites(plain))
     for name, value in other_values(entry.at()):
-        config = entry.at()
-        config.overrides = {where: {name: value}}
+        config = entry.at(overrides={where: {name: value}})
         try:
             model = entry.small(config)
-        except ValueError:  # not with the other fields as they are
+        except ValueError as error:  # not with the other fields as they are
+            if "has no meaning" in str(error):
+                raise MeaninglessError from error
             continue
-        parts = {p: h.parts(("a0",))[0] for p, h in model.base_model.hosts().items()}
-        got = {path: getattr(config.at(path), name) for path in parts}
-        assert {p for p in got if got[p] == value} == {p for p in got if p.endswith(where)}
+        got = {path: _plain(getattr(config.at(path), name)) for path in _sites(model)}
+        assert {path for path in got if got[path] == value} == {where}
+        if torch.equal(entry.run(model), entry.run(plain)):  # it matters in training alone
+            continue
         _reloads(entry, model)
         return
     raise AssertionError("no field can be overridden")
@@ -196,6 +220,13 @@ def other_values(config: PeftConfig) -> list[tuple[str, Any]]:
     Raises:
         MeaninglessError: it has no fields that could differ from layer to layer.
     """
+    found = _others(config)
+    if not found:
+        raise MeaninglessError(f"{type(config).__name__} has no field of its own")
+    return found
+
+
+def _others(config: Any) -> list[tuple[str, Any]]:
     own = {f.name for f in fields(config)} - OPTIONAL - {f.name for f in fields(PeftConfig)}
     found: list[tuple[str, Any]] = []
     for name in sorted(own):
@@ -203,51 +234,57 @@ def other_values(config: PeftConfig) -> list[tuple[str, Any]]:
         if isinstance(value, bool):
             found += [(name, not value)] * name.startswith("init")
         elif isinstance(value, int) and value and "seed" not in name and "key" not in name:
-            found += [(name, value + 1), (name, value + 2), (name, max(1, value - 1))]
+            found += [(name, value + 1), (name, value + 2), (name, value - 1 or value + 3)]
         elif isinstance(value, float) and value:
             found.insert(0, (name, value / 2))
-    if not found:
-        raise MeaninglessError(f"{type(config).__name__} has no field of its own")
+        elif is_dataclass(value):
+            found += [(name, _plain(value) | {inner: other}) for inner, other in _others(value)]
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A config within a config as it is in a file."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def modules_to_save(entry: Entry) -> None:
     """A module trains as a whole beside it, and is saved with it."""
-    model = entry.small(entry.at(modules_to_save=["head"]))
+    head = entry.ends[1]
+    model = entry.small(entry.at(modules_to_save=[head]))
     with model.disable_adapter():
         assert not torch.equal(entry.run(model), entry.run(entry.small()))
-    assert any("head" in n for n, p in model.named_parameters() if p.requires_grad)
+    assert any(head in n for n, p in model.named_parameters() if p.requires_grad)
     _reloads(entry, model)
 
 
 def token_indices(entry: Entry) -> None:
     """Rows of the embedding train beside it."""
-    model = entry.small(entry.at(trainable_token_indices={"embed": [1, 3]}))
-    assert "embed" in _sites(model)
+    embed = entry.ends[0]
+    model = entry.small(entry.at(trainable_token_indices={embed: [1, 3]}))
+    assert any(site.endswith(embed) for site in _sites(model))
     _reloads(entry, model)
 
 
 def layers_to_transform(entry: Entry) -> None:
     """Only the chosen blocks are adapted."""
-    model = entry.small(entry.at(["up"], layers_to_transform=[1], layers_pattern=["layers"]))
-    assert _sites(model) == {"layers.1.up"}
+    every = _sites(entry.small())
+    model = entry.small(entry.at(layers_to_transform=[1], layers_pattern=["layers"]))
+    assert _sites(model) == {site for site in every if "layers.1" in site} != every
     _reloads(entry, model)
 
 
 def exclude(entry: Entry) -> None:
-    """Layers are left out by name."""
-    if "linear" not in entry.kinds:
-        model = entry.small(entry.at(["embed", "head"], exclude_modules=["head"]))
-        assert _sites(model) == {"embed"}
-    else:
-        model = entry.small(entry.at(exclude_modules=["down"]))
-        assert _sites(model) == {"layers.0.up", "layers.1.up"}
+    """A layer is left out by name."""
+    every = _sites(entry.small())
+    model = entry.small(entry.at(exclude_modules=[max(every)]))
+    assert _sites(model) == every - {max(every)} != set()
     _reloads(entry, model)
 
 
 def to_lora(entry: Entry) -> None:
     """As a LoRA it does the same, and says what a smaller rank leaves out."""
-    bench = entry.bench(entry.kind)
+    _changes_layers(entry)
+    bench = entry.bench()
     model = bench.model()
     done = model.to_lora("a0", "lora")
     before = bench.run(model)
@@ -259,23 +296,21 @@ def to_lora(entry: Entry) -> None:
 
 def mixed(entry: Entry) -> None:
     """It works together with a LoRA in one model, saved and loaded."""
-    kind = entry.kind
-    bench = entry.bench(kind, LoraConfig(r=2))
+    bench = entry.beside(LoraConfig(r=2))
     laws.stacks_with_another(bench)
     laws.mixes_in_a_batch(bench)
 
 
 def native(entry: Entry) -> None:
     """It is injected into a model without a wrapper; its tensors are read and given back."""
-    model = functional.inject_adapter_in_model(entry.at(), Small().eval(), "a0")
+    model, new = entry.native(), entry.native()
     shake(model)
     tensors = functional.get_peft_model_state_dict(model, adapter_name="a0")
-    new = functional.inject_adapter_in_model(entry.at(), Small().eval(), "a0")
     functional.set_peft_model_state_dict(new, tensors, "a0")
     model.requires_grad_(False), new.requires_grad_(False)
     assert torch.equal(entry.run(model), entry.run(new))
     with functional.using(model, rows=["__base__"] * 4), torch.no_grad():
-        close(model(IDS), Small().eval()(IDS), 1e-6)
+        close(model(IDS), entry.base()(IDS), 1e-6)
 
 
 def low_memory(entry: Entry) -> None:
@@ -331,8 +366,7 @@ def _reasons(entry: Entry) -> dict[str, str]:
     """What an error says -> why mathematics forbids it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hosts = entry.bench(entry.kind).model(0).base_model.hosts().values()
-    parts = [p for h in hosts for n in h.adapters for _, p in h.parts_of(n)]
+        parts = parts_of(entry.bench().model(0))
     reasons = {reason: reason for p in parts for reason in p.FORBIDS.values()}
     if any(p.instead() for p in parts):
         reasons["puts its values in place of"] = "each is the weight itself: one replaces another"

@@ -31,7 +31,8 @@ FREE = set(
     "target_modules exclude_modules layers_to_transform layers_pattern allow_unmatched "
     "runtime_config fan_in_fan_out init_lora_weights init_weights r lora_alpha alpha use_rslora "
     "rank_pattern alpha_pattern overrides lora_dropout random_loc_seed random_seed scaling "
-    "projection_prng_key projection_seed proj_seed token_indices trainable_token_indices".split()
+    "projection_prng_key projection_seed proj_seed token_indices trainable_token_indices "
+    "adapters".split()
 )
 
 
@@ -106,14 +107,14 @@ def swap(
     report, found = codec.compare(model, owned, tensors)
     codec.judge(report, where, strict=True)
     codec.fill(model, owned, tensors, found)
-    pairs = _pairs(model, name, built.parts, where)
+    pairs: list[tuple[Part, Part]] = [*_pairs(model, name, built.parts, where)]
+    shared = next(filter(None, (h.shared_of(name) for h in hosts(model).values())), None)
+    if shared is not None and built.shared is not None:
+        pairs.append((shared, built.shared))
     for old, new in pairs:
         _fits(old, new, where)
     for old, new in pairs:
         _copy(old, new)
-    shared = next(filter(None, (h.shared_of(name) for h in hosts(model).values())), None)
-    if shared is not None and built.shared is not None:
-        _copy(shared, built.shared)
     vars(own).update(vars(config))  # in place: compiled code may refer to the object
     return report
 
@@ -162,8 +163,13 @@ def _tensors(part: Part) -> dict[str, Tensor]:
     return {**dict(part.named_parameters()), **dict(part.named_buffers())}
 
 
-def _fits(old: Adapter, new: Adapter, where: str) -> None:
+def _fits(old: Part, new: Part, where: str) -> None:
     mine, theirs = _tensors(old), _tensors(new)
+    if odd := sorted((mine.keys() ^ theirs.keys()) - {"scale"}):
+        raise FileError(
+            f"{where} and the adapter there do not both have {odd[0]}; load it under a name of its "
+            "own"
+        )
     for key, tensor in theirs.items():
         room = mine[key].shape
         larger = any(a < b for a, b in zip(room, tensor.shape, strict=True))

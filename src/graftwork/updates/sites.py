@@ -22,7 +22,7 @@ from ..engine.tree import hosts, walk
 from ..errors import StateError
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
-from ..methods.tokens import Tokens
+from ..parts.tokens import Tokens
 from ..parts.whole import Bias, Whole
 from .factored import Factored, of_dense
 
@@ -232,6 +232,7 @@ def _config(
         trainable_token_indices=tokens or None,
         bias=("all" if "all" in biases else "lora_only") if biases else "none",
         ensure_weight_tying=any(one.tied for one in found),
+        layer_replication=getattr(first, "layer_replication", None),
     )
 
 

@@ -1,0 +1,1 @@
+"""The user's data run through the user's model, and what is learnt of its layers meanwhile."""
