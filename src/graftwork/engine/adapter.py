@@ -92,6 +92,7 @@ class Adapter(Part):
     beside = False  # acts on what a module gives, whatever the module is
     together = False  # what a row gets depends on the adapter's other rows in the batch
     drawn: tuple[str, ...] = ()  # buffers that follow from a seed, and are in no file of PEFT's
+    reads = False  # what it derives follows from other adapters at its layer
     ready = False  # its values come from other files than its own
     replaces = False  # fold puts other values in place and computes nothing
     FORBIDS: dict[str, str] = {}  # capability -> why mathematics forbids it

@@ -21,6 +21,7 @@ from .lora_options import ArrowConfig
 class Arrow(Adapter):
     """p (adapters, in); has no tensors that train, and reads those of the other adapters."""
 
+    reads = True
     FORBIDS = {"merge": "every token goes through adapters of its own"}
 
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
@@ -37,9 +38,8 @@ class Arrow(Adapter):
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.p = nn.Buffer(torch.zeros(len(self.names), site.shape[1]), persistent=False)
 
-    @torch.no_grad()
     def derive(self, site: Site) -> None:
-        seed, self.read = self.options.rng_seed, self.state_of(site)
+        seed = self.options.rng_seed
         for row, (a, b) in zip(self.p, self.experts(site), strict=True):
             drawn = None if seed is None else torch.Generator(a.device).manual_seed(seed)
             a, b = a.float(), b.float()
@@ -48,15 +48,6 @@ class Arrow(Adapter):
                 v = a.mT @ (b.mT @ (b @ (a @ v)))
                 v = v / (v.norm() + 1e-8)
             row.copy_(v)
-
-    def state_of(self, site: Any) -> list[tuple[int, int]]:
-        """Which values the adapters have: after training or a hot-swap p is no longer theirs."""
-        every = [e for name in self.names for _, e in site.host.parts_of(name)]
-        return [
-            (t.data_ptr(), 0 if t.is_inference() else t._version)
-            for e in every
-            for t in e.parameters()
-        ]
 
     def experts(self, site: Any) -> list[tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of each adapter, less the mean of the general ones."""
@@ -74,8 +65,6 @@ class Arrow(Adapter):
         return [(e.A - a, e.scale * (e.B - b)) for e in (found[name] for name in self.names)]
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        if not torch.compiler.is_compiling() and self.read != self.state_of(layer.site):
-            self.derive(layer.site)
         near = (x @ self.p.mT).abs()  # the sign of a singular vector means nothing
         top, index = near.topk(min(self.options.top_k, len(self.names)), dim=-1)
         c = torch.full_like(near, -torch.inf).scatter(-1, index, top)

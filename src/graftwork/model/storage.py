@@ -17,6 +17,7 @@ from ..errors import FileError, StateError, did_you_mean, warn
 from ..files import codec, identity, starts
 from ..files.folder import config_of, note_of, read_beside, read_tensors, write
 from ..files.hub import HUB_OPTIONS, Source
+from ..updates.hotswap import refresh
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ class Loader:
         codec.fill(base, parts, self.tensors, found)
         if not new:
             self.file_config.fill(base, name)
+            refresh(base, name)
         if not new and self.config.has_schedule():
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         load_training_state(model, name, self.training)

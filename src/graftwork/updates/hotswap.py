@@ -116,7 +116,17 @@ def swap(
     for old, new in pairs:
         _copy(old, new)
     vars(own).update(vars(config))  # in place: compiled code may refer to the object
+    refresh(model, name)
     return report
+
+
+@torch.no_grad()
+def refresh(model: nn.Module, name: str) -> None:
+    """Let what others derive from an adapter follow its new values."""
+    for host in hosts(model).values():
+        for key, part in [p for other in host.adapters for p in host.parts_of(other)]:
+            if part.reads and name in host.adapters:
+                part.derive(host.need_site(key))
 
 
 def _parameter(host: Host, key: str) -> str:
