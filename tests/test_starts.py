@@ -445,8 +445,8 @@ def test_what_is_wrong_with_data_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: EvaConfig(rho=0.5), "rho=0.5 is below 1"),
-        (lambda: EvaConfig(tau=1.5), "tau=1.5 is above 1"),
+        (lambda: EvaConfig(rho=0.5), "rho=0.5 is not at least 1"),
+        (lambda: EvaConfig(tau=1.5), "tau=1.5 is not between 0 and 1"),
         (lambda: CordaConfig(corda_method="ipn"), "did you mean 'ipm'"),
         (lambda: LoraGAConfig(direction="ArB"), "did you mean 'ArBr'"),
         (lambda: LoraGAConfig(scale="stabel"), "did you mean 'stable'"),

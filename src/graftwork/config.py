@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import FileError, did_you_mean, warn
-from .fields import check_choice, check_fields
+from .fields import check_choice, check_fields, set_beyond
 from .hooks import Hooks
 from .types import OwnType
 from .types import PeftType as PeftType
@@ -217,8 +217,7 @@ class PeftConfig(Hooks):
                 does not do.
         """
         known = {f.name for f in fields(cls)}
-        unknown = {k: v for k, v in data.items() if k not in known}
-        if asked := {k: v for k, v in unknown.items() if v not in (None, False, 0, "", {}, [])}:
+        if asked := set_beyond(data, known):
             from .errors import POLICY
 
             name = next(iter(asked))

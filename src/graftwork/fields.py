@@ -5,8 +5,9 @@ A config checks them when it is made, by the engine's own hand; the default is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
+from math import inf
 from typing import Any
 
 from .errors import did_you_mean
@@ -43,9 +44,11 @@ def between(default: Any, low: float, high: float) -> Any:
     """A number from ``low`` to ``high``."""
 
     def check(value: Any, name: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, not {value!r}")
         if not low <= value <= high:
-            where = f"below {low}" if value < low else f"above {high}"
-            raise ValueError(f"{name}={value!r} is {where}, where it may not be")
+            where = f"at least {low}" if high == inf else f"between {low} and {high}"
+            raise ValueError(f"{name}={value!r} is not {where}")
 
     return checked(default, check)
 
@@ -75,10 +78,18 @@ def check_fields(config: Any) -> None:
     """
     for f in fields(config):
         value = getattr(config, f.name)
-        if (check := f.metadata.get("check")) and (value != f.default or value is True):
+        usual = type(value) is type(f.default) and value == f.default  # 8.0 and True are no 8, no 1
+        if (check := f.metadata.get("check")) and not usual:
             check(value, f.name)
         if (kind := f.metadata.get("options")) and value is not None:
             setattr(config, f.name, kind.of(value))
+
+
+def set_beyond(data: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """What a dictionary sets beyond the fields that are known; unset ones are no matter."""
+    known = set(known)
+    unset: tuple[Any, ...] = (None, False, 0, "", {}, [])
+    return {k: v for k, v in data.items() if k not in known and v not in unset}
 
 
 class Options:
@@ -93,13 +104,23 @@ class Options:
 
         Raises:
             TypeError: it is something else.
+            ValueError: the dictionary sets what this has no field for.
         """
         if isinstance(given, cls):
             return given
-        if given and not isinstance(given, Mapping):
-            raise TypeError(f"a {type(given).__name__} stands where a {cls.__name__} is expected")
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                f"{given!r} stands where a {cls.__name__} is expected; leave it out, or give "
+                f"{cls.__name__}(...) or a dictionary of its fields"
+            )
         every: Any = fields(cls)  # type: ignore[arg-type]
-        found = {f.name: given[f.name] for f in every if f.name in (given or {})}
+        data, known = given or {}, [f.name for f in every]
+        if odd := set_beyond(data, known):
+            raise ValueError(
+                f"{cls.__name__} has no {', '.join(odd)}{did_you_mean(next(iter(odd)), known)}; it "
+                f"has {known}"
+            )
+        found = {name: data[name] for name in known if name in data}
         made = cls(**{f.name: found.pop(f.name) for f in every if f.init and f.name in found})
         for name, value in found.items():
             setattr(made, name, value)
@@ -116,7 +137,9 @@ def check_rank(value: Any, name: str, least: int = 1) -> None:
 
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
     """Refuse a value that is none of the choices."""
-    if value not in choices:
+    if not any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices
+    ):
         near = did_you_mean(str(value), [str(one) for one in choices])
         raise ValueError(f"{name}={value!r} is not known{near}; it is one of {list(choices)}")
 
