@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,19 +26,24 @@ PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 RICH = {**PLAIN, "use_dora": True, "modules_to_save": ["lm_head"]}
 
 
+def optimizers(library: Any) -> Any:
+    """PEFT's package of optimizers, which `import peft` does not import; ours are at the top."""
+    return library if library is graftwork else importlib.import_module("peft.optimizers")
+
+
 def loraplus(library: Any, model: nn.Module) -> Any:
-    make = getattr(library, "optimizers", library).create_loraplus_optimizer
+    make = optimizers(library).create_loraplus_optimizer
     options = {"lr": 1e-3, "loraplus_lr_ratio": 4.0, "loraplus_weight_decay": 0.1}
     return make(model, torch.optim.AdamW, **options, loraplus_lr_embedding=2e-3)
 
 
 def lorafa(library: Any, model: nn.Module) -> Any:
-    make = getattr(library, "optimizers", library).create_lorafa_optimizer
+    make = optimizers(library).create_lorafa_optimizer
     return make(model, r=4, lora_alpha=6, lr=1e-3, weight_decay=0.1)
 
 
 def riemannian(library: Any, model: nn.Module) -> Any:
-    make = getattr(library, "optimizers", library).create_riemannian_optimizer
+    make = optimizers(library).create_riemannian_optimizer
     return make(model, torch.optim.AdamW, lr=1e-3, reg=0.05, weight_decay=0.1)
 
 
