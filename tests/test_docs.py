@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
-def test_what_the_pages_lack_is_said(
-    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def methods() -> Iterator[dict[str, Method]]:
+    """The table of methods, put back in its order."""
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_what_the_pages_lack_is_said(tables: dict[str, Any], methods: dict[str, Method]) -> None:
     row = Method("NEW", "graftwork.methods.lora_config:LoraConfig", "something")
-    monkeypatch.setitem(METHODS, "NEW", row)
+    methods["NEW"] = row
     with pytest.raises(SystemExit, match=r"methods lacks \['NEW'\]; say when to use it"):
         tables["pages"]()
     with pytest.raises(SystemExit, match=r"lacks \['NEW'\]; run: python docs/counts.py"):
         tables["counted"]()
-    monkeypatch.delitem(METHODS, "NEW")
-    monkeypatch.delitem(METHODS, "C3A")
+    del methods["NEW"], methods["C3A"]
     with pytest.raises(SystemExit, match=r"methods has \['C3A'\], which the code does not have"):
         tables["pages"]()
 
