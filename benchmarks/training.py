@@ -4,7 +4,8 @@
 
 stories260k learns restaurant descriptions of E2E NLG; both are in ../shared. For each method of the
 table that PEFT has too, and for variants of LoRA, PEFT writes the start of an adapter into a
-folder, graftwork reads it, and both train it with AdamW on the same batches. Where PEFT wants the
+folder and graftwork reads it; prompts start from the same seed. Both train with AdamW on the same
+batches. Where PEFT wants the
 training loop to do something (add a penalty, advance a schedule), its loop does; that of graftwork
 never does. Losses are means over the first and over the last batches, which are the same.
 """
@@ -46,7 +47,10 @@ class Case:
     def config(self, library: Any, folder: Path) -> Any:
         """The config; experts, where the method mixes some, are written into the folder."""
         cls = getattr(library, self.kind)
-        options = {k: v for k, v in COMMON.items() if k in {f.name for f in fields(cls)}}
+        known = {f.name for f in fields(cls)}
+        if "num_virtual_tokens" in known:  # where those stand is no field in PEFT
+            known.discard("target_modules")
+        options = {k: v for k, v in COMMON.items() if k in known}
         if self.kind == "XLoraConfig":
             options["adapters"] = experts(folder)
         return cls(**options | self.options)
@@ -55,19 +59,28 @@ class Case:
 COMMON = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "r": 8}
 BLOCKS = {"target_modules_bd_a": ["v_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
 ROTATION = {"r": 0, "oft_block_size": 8}
+TEN = {"num_virtual_tokens": 10}
 # what a method of the table needs beside what is common
 METHODS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 4, "deltaT": 2,
                 "total_step": STEPS},
     "ADAMSS": {"r": 16, "num_subspaces": 4},
+    "ADAPTION_PROMPT": {"target_modules": None, "adapter_len": 10, "adapter_layers": 3},
     # the last block alone: PEFT's backward does not transpose C3A's blocks, so below it is wrong
     "C3A": {"block_size": 8, "layers_to_transform": [4]},
+    "CARTRIDGE": TEN,
+    "CPT": {"cpt_token_ids": list(range(300, 308)), "cpt_tokens_type_mask": list(range(1, 9)),
+            "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.8},
     "FOURIERFT": {"n_frequency": 100},
     "FROD": {"progressbar": False},
     "IA3": {"target_modules": None},
     "LN_TUNING": {"target_modules": None},
+    "MULTITASK_PROMPT_TUNING": {**TEN, "num_tasks": 2},
     "OFT": ROTATION,
+    "P_TUNING": TEN,
     "POLY": {"n_tasks": 2},
+    "PREFIX_TUNING": TEN,
+    "PROMPT_TUNING": TEN,
     "RANDLORA": {"randlora_alpha": 16},
     "ROAD": {"group_size": 16},
     "SHADOW": {"target_modules": None},
@@ -223,12 +236,18 @@ def trainable(model: Any) -> int:
 def compare(case: Case, steps: int = STEPS) -> Result:
     """Train one method in both libraries, from one start."""
     peft = importlib.import_module("peft")
-    call = {"task_ids": torch.tensor([0, 1, 1, 0])} if case.kind == "PolyConfig" else {}
+    tasks = case.kind in ("PolyConfig", "MultitaskPromptTuningConfig")
+    call = {"task_ids": torch.tensor([0, 1, 1, 0])} if tasks else {}
     with tempfile.TemporaryDirectory() as folder:
+        models = [base(), base()]
         torch.manual_seed(0)
-        theirs = peft.get_peft_model(base(), case.config(peft, Path(folder)))
+        theirs = peft.get_peft_model(models[0], case.config(peft, Path(folder)))
         theirs.save_pretrained(folder)
-        ours = graftwork.PeftModel.from_pretrained(base(), folder, is_trainable=True)
+        if theirs.active_peft_config.is_prompt_learning:  # a file may hold what a network made
+            torch.manual_seed(0)
+            ours = graftwork.get_peft_model(models[1], case.config(graftwork, Path(folder)))
+        else:
+            ours = graftwork.PeftModel.from_pretrained(models[1], folder, is_trainable=True)
     count = trainable(ours)
     if count != trainable(theirs):
         raise ValueError(f"{count} numbers train, and {trainable(theirs)} in PEFT")

@@ -23,6 +23,7 @@ from graftwork import METHODS, capabilities
 from graftwork.config import PeftConfig, TargetConfig
 from graftwork.meaning import default_of, formula, meanings, own
 from graftwork.table import CONFIGS
+from graftwork.train.defaults import DEFAULTS, Defaults
 from graftwork.train.recipe import DATA, FIELDS, LEARNING, MACHINE, WHAT, group_of
 
 HERE = Path(__file__).parent
@@ -145,11 +146,13 @@ def shared_fields() -> str:
 
 def own_fields(kind: type[PeftConfig]) -> str:
     """A config's own fields."""
-    mine = {f.name for f in own(kind)}
+    bases: list[Any] = [c for c in kind.__mro__[1:] if c.__name__ in CONFIGS]
+    parent = bases[0] if bases else TargetConfig
+    more = {f.name for f in fields(kind)} - {f.name for f in fields(parent)}  # or of a plain base
+    mine = {f.name for f in own(kind)} | more
     parts = [field_table(kind, mine)] if mine else []
     shared = {f.name for f in fields(TargetConfig)}
     if {f.name for f in fields(kind)} - shared - mine:
-        parent = next(c for c in kind.__mro__[1:] if c.__name__ in CONFIGS)
         page = page_name(CONFIGS[parent.__name__].name)
         parts.append(f"It also has the fields of [`{parent.__name__}`]({page}), where they apply.")
     also = "Other fields: " if mine else "It has no fields of its own, only "
@@ -344,6 +347,23 @@ def keys() -> str:
     return "\n".join(lines)
 
 
+def rates() -> str:
+    """What the command line trains each method with, where the user says nothing."""
+    usual = Defaults()
+    lines = [
+        "| method | rate, classifying | language | of a new head | base's dropout | options |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in [*DEFAULTS.items(), ("the others", usual)]:
+        options = ", ".join(f"`{key}: {value}`" for key, value in row.options.items())
+        shown = name if row is usual else f"`{name}`"
+        lines.append(
+            f"| {shown} | {row.rate:g} | {row.language_rate:g} | {row.head_rate:g} "
+            f"| {'its own' if row.base_dropout is None else row.base_dropout} | {options} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def written(page: str, name: str, content: str) -> str:
     """A page with ``content`` between the marks ``<!-- name -->`` and ``<!-- end -->``."""
     before, mark, rest = page.partition(f"<!-- {name} -->\n")
@@ -356,7 +376,7 @@ def pages() -> dict[Path, str]:
     """What the pages should hold."""
     entries = told("methods", METHODS)
     parts = {
-        HERE / "command-line.md": {"keys": keys()},
+        HERE / "command-line.md": {"keys": keys(), "rates": rates()},
         HERE / "python.md": {"shared": shared_fields()},
         HERE.parent / "README.md": {
             "methods": readme(),

@@ -100,11 +100,11 @@ from accelerate.utils.imports import is_peft_available as accelerates  # noqa: E
 
 report["accelerate"] = accelerates() if callable(accelerates) else False
 try:
-    from peft import PrefixTuningConfig  # noqa: F401
+    from peft import ConfigOfTheNextRelease  # noqa: F401
 except ImportError as error:
     report["absent"] = str(error)
 try:
-    import peft.tuners.prefix_tuning
+    import peft.tuners.of_the_next_release
 except ModuleNotFoundError as error:
     report["absent_module"] = str(error)
 print(json.dumps(report))

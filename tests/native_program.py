@@ -27,8 +27,8 @@ report: dict[str, Any] = {}
 
 @torch.no_grad()
 def answer(model: Any) -> torch.Tensor:
-    with graftwork.using(model, **call):
-        return model(input_ids=IDS).logits
+    with graftwork.using(model, **call):  # virtual tokens, which have logits too, stand in front
+        return model(input_ids=IDS).logits[:, -IDS.shape[1] :]
 
 
 for name, entry in ROWS.items():
@@ -43,7 +43,7 @@ for name, entry in ROWS.items():
             with torch.no_grad():
                 base = build(kind)(input_ids=IDS).logits
             config = entry.at(["q_proj", "down_proj"])
-            if name in ("TRAINABLE_TOKENS", "BITFIT", "SHADOW"):
+            if not entry.kinds or name in ("TRAINABLE_TOKENS", "BITFIT"):
                 config.target_modules = None
             model: Any = build(kind)
             entry.setup.before(model, config, IDS)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftwork.testing import laws
+from graftwork.testing import check_method, laws
 from graftwork.testing.bench import Setup, close
+from graftwork.testing.blocks import blocks
 from graftwork.testing.entry import IDS
 from graftwork.testing.layers import Kind
 from specs import CASES, MAIN, METHODS, bench
-from specs.shadow import blocks
 
 COMPILED = [(m, k) for m, k in CASES if m in MAIN]
 FAMILIES = [m for m in MAIN if m in ("lora", "dora", "adalora", "ia3", "tokens", "vera", "loha")]
@@ -104,6 +104,13 @@ def test_a_shadow_over_the_blocks_lives_with_every_other(method: str) -> None:
         both = bench(LAYERS_OF_BLOCKS, "shadow", method)
         both.setups = [Setup(before=at_blocks), both.setup(1)]
         law(both)
+
+
+@pytest.mark.parametrize("method", [m for m, case in METHODS.items() if "blocks" in case.needs])
+def test_what_sits_at_no_layer_is_checked_in_a_whole_model(method: str) -> None:
+    report = check_method(METHODS[method].config(), METHODS[method].call, show=False)
+    assert {law: told for law, told in report.rows["whole"].items() if told != "yes"} == {}
+    assert "a transformer of two blocks      11 laws hold" in str(report)
 
 
 def at_blocks(model: nn.Module, config: Any, x: Tensor) -> None:

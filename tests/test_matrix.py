@@ -50,11 +50,11 @@ def test_the_matrix_has_no_holes(request: pytest.FixtureRequest) -> None:
     assert list(matrix.CAPABILITIES) == list(capabilities.MEANING)
     cells = [cell for row in ours.values() for cell in row.values()]
     assert not [cell for cell in cells if cell.startswith(("no", "part"))]
-    assert sum(cell.startswith("impossible: ") for cell in cells) <= 40
+    assert sum(cell.startswith("impossible: ") for cell in cells) <= 55
 
 
 def test_the_matrix_is_printed_beside_pefts() -> None:
     shown = capabilities.text()
     assert "impossible, each refused" in shown
     for row in capabilities.load()["ours"]:
-        assert f"\n{row} " in shown
+        assert f"\n{row} " in shown or f"\n{row}\n " in shown

@@ -15,6 +15,7 @@ _TASKS = (
 ).split()
 _WHERE = {  # module -> the public names that it holds
     "config": "PeftConfig PeftType TargetConfig TaskType",
+    "types": "MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit",
     "errors": "FileError GraftworkError MergeError PeftWarning StateError TargetError "
     "TrainingError",
     "table": "METHODS register",
@@ -40,6 +41,10 @@ _WHERE = {  # module -> the public names that it holds
     "optim.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
     "optim.loraplus": "create_loraplus_optimizer",
     "optim.riemannian": "create_riemannian_optimizer",
+    "prompts.kv": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text",
+    "prompts.compose": "compose_cartridge_adapters",
+    "prompts.nearest": "nearest_tokens",
+    "prompts.norms": "prompt_norms",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict using",
 }

@@ -45,6 +45,7 @@ STARTS = (
     "with a warning; the cell is that of the adapter."
 )
 SIGNS = {"yes": "+", "part": "~", "no": ".", "-": " ", "impossible": "x"}
+NAME = 20  # columns of the names in a terminal; a longer one gets a line to itself
 
 
 @cache
@@ -123,15 +124,15 @@ def told(row: str) -> list[str]:
 def text() -> str:
     """The matrix for a terminal of 100 columns."""
     columns = list(MEANING)
-    width = max(map(len, load()["ours"]))
+    width = max(len(name) for name in load()["ours"] if len(name) <= NAME)
     head = " ".join(f"{i:>2}" for i in range(1, len(columns) + 1))
     head = f"{'':<{width}}  {head}"
     lines = [head]
     for family, names in rows().items():
         lines += ["", family]
         for row in names:
-            line = f"{row:<{width}}  {' '.join(signs(row, c) for c in columns)}"
-            lines.append(line.rstrip())
+            front = f"{row:<{width}}" if len(row) <= width else f"{row}\n{'':<{width}}"
+            lines.append(f"{front}  {' '.join(signs(row, c) for c in columns)}".rstrip())
     lines += ["", head, ""]
     lines += [f"{i:>2} {c:<12} {MEANING[c]}" for i, c in enumerate(columns, 1)]
     lines += ["", "each cell: graftwork, then PEFT; + yes, ~ in part, . no, x impossible"]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from .engine.adapter import Adapter, Shared
     from .engine.host import Host
-    from .engine.plan import Slot
     from .engine.site import Site
     from .targets.match import Match
     from .targets.offer import Offer, Target
+    from .targets.plan import Slot
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"  # the PEFT release whose file format is written

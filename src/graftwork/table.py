@@ -49,6 +49,15 @@ GRALORA | gralora: GraloraConfig | a low-rank update for each block of the weigh
 MISS | miss: MissConfig | one matrix that all blocks of the input share | 2409.15371
 PEANUT | peanut: PeanutConfig | an update that a small network computes from the weight | 2410.01870
 ADAMSS | adamss: AdamssConfig | small updates of clusters of outputs | https://openreview.net/forum?id=8ZdWmpYxT0
+[virtual tokens]
+PROMPT_TUNING | prompts.tokens: PromptTuningConfig | rows in front of the embeddings | 2104.08691
+P_TUNING | prompts.encoder: PromptEncoderConfig | rows that a small network makes | 2103.10385
+MULTITASK_PROMPT_TUNING | prompts.tasks: MultitaskPromptTuningConfig | rows tasks share | 2303.02861
+CPT | prompts.cpt: CPTConfig | embeddings of examples that move a little | 2410.17222
+PREFIX_TUNING | prompts.prefix: PrefixTuningConfig | keys and values in every layer | 2101.00190
+P_TUNING_V2 | prompts.ptuning2: PTuningV2Config | the same for any task, encoders too | 2110.07602
+CARTRIDGE | prompts.cartridge: CartridgeConfig | the keys and values of a text, trained | 2506.06266
+ADAPTION_PROMPT | prompts.adaption: AdaptionPromptConfig | a second, gated attention | 2303.16199
 [the weight multiplied]
 OFT | oft: OFTConfig | rotations of blocks of the inputs | 2306.07280
 BOFT | boft: BOFTConfig | butterfly rotations of the inputs, and gains of the outputs | 2311.06243
@@ -99,7 +108,8 @@ def _rows() -> Iterator[Method]:
             continue
         name, where, about, paper = (word.strip() for word in line.split("|"))
         module, config = where.split(": ")
-        yield Method(name, f"graftwork.methods.{module}:{config}", about, paper, family)
+        module = module if "." in module else f"methods.{module}"
+        yield Method(name, f"graftwork.{module}:{config}", about, paper, family)
 
 
 METHODS = {row.name: row for row in _rows()}

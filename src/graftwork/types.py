@@ -1,4 +1,4 @@
-"""The names of methods and tasks, as files hold them."""
+"""The names of methods, tasks and starts, as files hold them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,32 @@ class PeftType(_Name):
     SHADOW = "SHADOW"
     SUPERTUNING = "SUPERTUNING"
     DEFT = "DEFT"
+
+
+class PromptTuningInit(_Name):
+    """Where a prompt starts; "LABELS" is beyond PEFT."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+    LABELS = "LABELS"
+
+
+class MultitaskPromptTuningInit(_Name):
+    """Where a prompt of several tasks starts."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(_Name):
+    """The network behind the rows of P-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 class OwnType(str):

@@ -88,7 +88,8 @@ def test_no_option_of_a_method_hides_a_field_of_the_recipe() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_config_without_any_option(method: str) -> None:
     needs: dict[str, Any] = {"TRAINABLE_TOKENS": {"token_indices": [1]}}.get(method, {})
-    config = options.make(method, needs, steps=100)
+    needs |= options.filled(method, {}, "a model", ())
+    config = options.make(method, needs, steps=100, task_type="CAUSAL_LM")
     assert config.method == method
 
 

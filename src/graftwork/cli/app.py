@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, evaluate, generate, methods, predict, train
+from . import demo, evaluate, generate, inspect, methods, predict, train
 
 
 def build() -> typer.Typer:
@@ -22,7 +22,7 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for module in (train, evaluate, predict, generate, methods, demo):
+    for module in (train, evaluate, predict, generate, inspect, methods, demo):
         module.register(app)
     return app
 

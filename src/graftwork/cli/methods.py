@@ -62,6 +62,7 @@ def _one(name: str, matrix: bool, as_json: bool) -> None:
     from ..config import TargetConfig
     from ..meaning import default_of, meanings
     from ..train import options
+    from ..train.defaults import defaults
 
     config = options.config_class(name)
     if matrix and as_json:
@@ -70,7 +71,7 @@ def _one(name: str, matrix: bool, as_json: bool) -> None:
     if matrix:
         print("\n".join(fill(line, _columns()) for line in capabilities.told(name)), flush=True)
         return
-    chosen, means = options.defaults(name), meanings(config)
+    chosen, means = defaults(name), meanings(config)
     shared = {f.name for f in fields(TargetConfig)}
     rows = [
         {
@@ -91,7 +92,7 @@ def _one(name: str, matrix: bool, as_json: bool) -> None:
             print("\nof every method:")
         _option(row["name"], row["default"], row["meaning"])
     rates = f"{chosen.rate:g} (classification), {chosen.language_rate:g} (language)"
-    print(f"\nlearning rate  {rates}", flush=True)
+    print(f"\nlearning rate  {rates}; of a new head {chosen.head_rate:g}", flush=True)
 
 
 def _heading(name: str) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,12 +67,17 @@ class Part(nn.Module):
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, mine in own.items():
             mine.copy_(tensors[name])
-        device = next(itertools.chain(self.parameters(), self.buffers())).device
+        device = next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
         self.seen = {n: t.to(device).clone() for n, t in tensors.items() if n not in own}
 
 
 class Shared(Part):
     """What all the adapters of one name have in common; in a PEFT file it stands at the root."""
+
+    resumes = False  # whether training goes on from more than a file holds
+
+    def training_state(self) -> dict[str, Tensor]:
+        return super().training_state() if self.resumes else {}
 
     def start(self) -> None:
         """Fill the tensors with the values that training starts from; not called on loading."""
@@ -93,6 +98,7 @@ class Adapter(Part):
     together = False  # what a row gets depends on the adapter's other rows in the batch
     drawn: tuple[str, ...] = ()  # buffers that follow from a seed, and are in no file of PEFT's
     reads = False  # what it derives follows from other adapters at its layer
+    inside = False  # acts within a module, on all rows of a batch at once: see ``around``
     ready = False  # its values come from other files than its own
     replaces = False  # fold puts other values in place and computes nothing
     FORBIDS: dict[str, str] = {}  # capability -> why mathematics forbids it
@@ -150,6 +156,19 @@ class Adapter(Part):
 
     def passed(self, y: Tensor, context: dict[str, Any]) -> None:
         """Where it acts beside: called with the output."""
+
+    def around(
+        self,
+        run: Callable[[], Any],
+        module: nn.Module,
+        parts: Sequence[Adapter],
+        choice: Tensor | None,
+    ) -> Any:
+        """Where it acts inside: the output of ``run()``, which runs ``module``, with ``parts``, of
+        which this is the first; ``choice`` (rows,): which of them each row has, ``len(parts)`` for
+        none; None: every row has all.
+        """
+        raise NotImplementedError
 
     def skipped(self) -> bool:
         """Whether this forward goes without the adapter (``module_dropout`` in PEFT)."""

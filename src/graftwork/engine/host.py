@@ -133,7 +133,10 @@ class Host(nn.Module):
         for i, (name, key, part) in enumerate(parts):
             for low, place, other in parts[:i]:
                 if low != name and not self.apart(key, place) and part.hides(other):
-                    return f"{name!r} puts its values in place of those of {low!r} at {self.path}"
+                    return (
+                        f"{name!r} puts its values in place of those of {low!r} at {self.path}, as "
+                        "copies by modules_to_save and a task_type's head do"
+                    )
         return None
 
     def apart(self, key: str, other: str) -> bool:
@@ -292,17 +295,8 @@ class Beneath:
         return self.host.switch.current().context
 
     def rows(self, key: str, n: int) -> Any:
-        """A value of this call for each of ``n`` inputs; beams of a row stand next to each other.
-
-        Raises:
-            StateError: the call gave none.
-        """
-        value = self.context.get(key)
-        if value is None:
-            raise StateError(
-                f"{self.site.path} needs {key}, one for each row: model(..., {key}=...)"
-            )
-        return value if len(value) == n else value.repeat_interleave(n // len(value), 0)
+        """A value of this call for each of ``n`` inputs."""
+        return mixed.each(self.context, key, n, self.site.path)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.parts:

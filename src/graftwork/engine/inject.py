@@ -14,11 +14,11 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..targets.offer import Offer
+from ..targets.plan import MAIN, Key, Slot, plan
 from ..targets.replicas import replicated
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost, no_autocast
 from .module import ModuleHost
-from .plan import MAIN, Key, Slot, plan
 from .schedule import Schedule
 from .site import ParameterSite, kind_of
 from .switch import BASE, Switch
@@ -62,10 +62,7 @@ def inject(
     """
     switch = switch_of(model) or switch or Switch()
     check_name(name, switch.configs)
-    if any(host.merged_adapters for host in hosts(model).values()):
-        raise StateError(
-            "adapters are merged into this model: unmerge_adapter() first, then add another"
-        )
+    _need_unmerged(model)
     config = copy.deepcopy(config)
     trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
     with replicated(model, config, switch):
@@ -83,12 +80,20 @@ def inject(
     for host in {id(h): h for h, _ in built.parts.values()}.values():
         host.set_requires_grad(name, not config.inference_mode and name in switch.active)
     _follow(switch, name, config, built)
+    config.attached(model, switch)
     return switch
 
 
 def switch_of(model: nn.Module) -> Switch | None:
     """The switch of a model that has adapters."""
     return next((m.switch for _, m in walk(model) if isinstance(m, Host)), None)
+
+
+def _need_unmerged(model: nn.Module) -> None:
+    if any(host.merged_adapters for host in hosts(model).values()):
+        raise StateError(
+            "adapters are merged into this model: unmerge_adapter() first, then add another"
+        )
 
 
 def check_name(name: str, taken: Any) -> None:

@@ -7,15 +7,17 @@ Its parts fold single parameters, which the module's own code then reads through
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .adapter import Adapter
 from .host import Host, cast, no_autocast
-from .rows import tensors_in
+from .rows import expand, tensors_in
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter
@@ -75,19 +77,54 @@ class ModuleHost(Host):
             new = {**self.originals, **new}
         beside = [part for _, part in above if part.beside and not part.skipped()]
         context = self.switch.current().context
+        inner = [part for part in beside if part.inside]
+        beside = [part for part in beside if not part.inside]
         for part in beside:
             args, kwargs = _entered(part, args, kwargs, context)
-        out = functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+
+        def bare() -> Any:
+            return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
+
+        out = around(bare, module, inner, None)()
         for part in beside:
             out = _added(part, out, args, kwargs)
             part.passed(cast(tensors_in(out)[0], part.dtype), context)
         return out
+
+    def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.present(tuple(dict.fromkeys(rows)))
+        parts = [part for name in names for _, part in self.parts_of(name)]
+        if not parts or not all(part.inside for part in parts):
+            return super().mixed(rows, args, kwargs)
+        first = tensors_in((args, kwargs))[0]  # all rows at once: a cache is that of the batch
+        place = {name: i for i, name in enumerate(names)}
+        each = [place.get(name, len(names)) for name in expand(rows, len(first), self.path)]
+        bare = partial(self.as_it_is, *args, **kwargs)
+        choice = torch.tensor(each, device=first.device)
+        return around(bare, self.base_layer, parts, choice)()
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         copy, above = self.stack(names)
         if copy is not None:
             yield from [*copy.named_parameters(), *copy.named_buffers()]
         yield from self.values(copy, above, keep_dtype=False).items()
+
+
+def around(
+    run: Callable[[], Any], module: nn.Module, parts: list[Adapter], choice: Tensor | None
+) -> Callable[[], Any]:
+    """``run``, which runs a module, with the parts that act inside; those of a kind together."""
+    kinds: dict[Any, list[int]] = {}
+    for i, part in enumerate(parts):
+        kinds.setdefault(type(part).around, []).append(i)
+    for index in kinds.values():
+        own, chosen = [parts[i] for i in index], choice
+        if choice is not None and len(kinds) > 1:
+            table = torch.full((len(parts) + 1,), len(own), device=choice.device)
+            table[index] = torch.arange(len(own), device=choice.device)
+            chosen = table[choice]
+        run = partial(own[0].around, run, module, own, chosen)
+    return run
 
 
 def _entered(part: Adapter, args: Any, kwargs: Any, context: dict[str, Any]) -> tuple[Any, Any]:

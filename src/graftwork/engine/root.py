@@ -128,12 +128,13 @@ class Grafted(nn.Module):
             for schedule in switch.schedules.values():
                 schedule.check()
         outputs = self.model(*args, **kwargs)
-        if learning:
-            names = switch.current().active
-            outputs = add_to_loss(outputs, [s for n, s in switch.schedules.items() if n in names])
         call = switch.current()
-        for name in self.preparing(call.active) if call.rows is None else ():
+        known = [name for name in call.active if name in switch.configs]
+        for name in known if call.rows is None else ():
             outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
+        if learning:
+            followed = [s for n, s in switch.schedules.items() if n in call.active]
+            outputs = add_to_loss(outputs, followed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
             if learning:
@@ -161,7 +162,7 @@ class Grafted(nn.Module):
         rows = tuple(names)
         self.switch.check(tuple(n for n in rows if n != BASE))
         lengths = [len(tensor) for tensor in tensors_in(inputs) if tensor.ndim]
-        if not rows or (lengths and len(rows) not in lengths):
+        if not rows or (lengths and not any(n == len(rows) for n in lengths)):
             raise StateError(
                 f"adapter_names has {len(rows)} entries for a batch of {next(iter(lengths), 0)} "
                 "rows; give one name for each row"
@@ -351,6 +352,8 @@ class Grafted(nn.Module):
             parameter.requires_grad_(name in trainable)
         for path, blocks in repeated.items() if merged else ():
             put(self.model, path, blocks.parted())
+        for config in self.switch.configs.values():
+            config.detached(self.model, self.switch)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -379,9 +382,10 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
         for name in host.present(tuple(names)):
             del host.adapters[name]
     for name in names:
-        switch.configs.pop(name)
+        config = switch.configs.pop(name)
         switch.schedules.pop(name, None)
         switch.shared.pop(name, None)
+        config.detached(model, switch)
     left = tuple(n for n in switch.active if n in switch.configs)
     if not left and switch.configs and switch.active:
         left = (next(iter(switch.configs)),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ def expand(rows: tuple[str, ...], n: int, path: str) -> tuple[str, ...]:
             "tokens); run the rows one adapter at a time"
         )
     return tuple(name for name in rows for _ in range(n // len(rows)))
+
+
+def each(context: Mapping[str, Any], key: str, n: int, path: str) -> Any:
+    """A value of a call for each of ``n`` inputs; beams of a row stand next to each other.
+
+    Raises:
+        StateError: the call gave none, or not one for each row.
+    """
+    value = context.get(key)
+    if value is None:
+        raise StateError(f"{path} needs {key}, one for each row: model(..., {key}=...)")
+    if n % len(value):
+        raise StateError(f"{key} has {len(value)} entries for {n} rows; give one for each row")
+    return value if len(value) == n else value.repeat_interleave(n // len(value), 0)
 
 
 def take(tree: Any, index: Tensor, n: int) -> Any:

@@ -56,8 +56,8 @@ class Schedule:
 
     def first(self) -> Tensor | None:
         """A tensor that trains, by which the others are watched."""
-        every = (p for adapter in self.adapters.values() for p in adapter.parameters())
-        return next((p for p in every if p.requires_grad), None)
+        parts = [part for a in self.adapters.values() for part in (a, a.shared) if part is not None]
+        return next((p for part in parts for p in part.parameters() if p.requires_grad), None)
 
     def penalty(self) -> Tensor | None:
         """The term of the loss, noted as delivered when its gradient is computed."""

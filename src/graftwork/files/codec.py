@@ -19,6 +19,7 @@ from ..errors import POLICY, FileError, warn
 PREFIX = "base_model.model."
 ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
 MARK = "."  # in front of such a name here: no module's path begins so
+BARE = "/"  # in front of a name that a file holds as it is
 
 
 @dataclass
@@ -76,12 +77,15 @@ def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
     found = []
     for path, host in hosts(model).items():
         own = config or host.switch.configs[name]
+        front = MARK if own.is_prompt_learning else ""
         for key, part in host.parts_of(name):
             site = host.site_of(key)
             at = own.at(path, site.parameter if site else "weight")
-            found.append(Owned(part, f"{path}.{part.prefix}", at))
+            found.append(Owned(part, f"{front}{path}.{part.prefix}", at))
         if (shared := host.shared_of(name)) is not None:
-            found.insert(0, Owned(shared, MARK, own))  # the parts may build on what it holds
+            found.insert(
+                0, Owned(shared, BARE if front else MARK, own)
+            )  # the parts may build on what it holds
     return found
 
 
@@ -98,6 +102,8 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def full(plain: str, wrapped: bool = True) -> str:
     """The name in a file; ``wrapped``: of a model with a wrapper around it."""
+    if plain.startswith(BARE):
+        return plain.removeprefix(BARE)
     if plain.startswith(MARK):
         return (ROOT if wrapped else "") + plain.removeprefix(MARK)
     return (PREFIX if wrapped else "") + plain
@@ -179,9 +185,13 @@ def judge(report: LoadReport, where: str, strict: bool, hint: str = "") -> None:
 
 @torch.no_grad()
 def fill(
-    model: nn.Module, parts: list[Owned], tensors: Mapping[str, Tensor], found: Mapping[str, str]
+    model: nn.Module,
+    parts: list[Owned],
+    tensors: Mapping[str, Tensor],
+    found: Mapping[str, str],
+    resumed: Part | None = None,
 ) -> None:
-    """Give the parts the values of a file that was compared before."""
+    """Give the parts the values of a file that was compared before, all but ``resumed``."""
     by_part: dict[int, tuple[Owned, dict[str, Tensor]]] = {}
     want = expected(parts)
     for plain, (o, key, _) in want.items():
@@ -191,7 +201,8 @@ def fill(
     for o in parts:  # also those that share what others take
         _materialise(o.part, device)
     for o, values in by_part.values():
-        o.part.take(values, o.config)
+        if o.part is not resumed:
+            o.part.take(values, o.config)
     for plain, weight in _embeddings(model, tensors, want).items():
         if plain in found and weight.shape == tensors[found[plain]].shape:
             weight.copy_(tensors[found[plain]])
@@ -213,8 +224,9 @@ def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, 
         new, count = re.subn(pattern, replacement, plain)
         if count:
             return new
-    root = MARK + plain.removeprefix(ROOT)
-    return root if root in want else plain
+    # transformers puts PREFIX in front of every name
+    roots = MARK + key.removeprefix(ROOT), BARE + key, MARK + plain, BARE + plain
+    return next((name for name in roots if name in want), plain)
 
 
 def _embeddings(

@@ -184,7 +184,7 @@ def note_of(source: Source) -> dict[str, Any]:
     path = source.find(WEIGHTS)
     if path is None:
         return {}
-    with _opened(path) as file:
+    with opened(path) as file:
         try:
             note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
         except json.JSONDecodeError:
@@ -207,7 +207,7 @@ def read_tensors(
     """
     path = source.find(WEIGHTS)
     if path is not None:
-        with _opened(path, device or "cpu") as file:
+        with opened(path, device or "cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     pickled = source.find(PICKLE)
     if pickled is None:
@@ -251,12 +251,17 @@ def read_beside(source: Source, key: str) -> dict[str, Tensor]:
         )
     if path is None:  # a start can be noted instead
         return {}
-    with _opened(path) as file:
+    with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @contextmanager
-def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        FileError: it is none, or damaged.
+    """
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file

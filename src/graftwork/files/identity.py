@@ -20,6 +20,8 @@ FLEETING = {
     "dtype",
     "use_cache",
     "tie_word_embeddings",
+    "problem_type",  # classifiers conclude it from the first labels that they see
+    *("pad_token_id", "bos_token_id", "eos_token_id"),  # a Trainer takes them from the tokenizer
 }
 
 
@@ -84,8 +86,13 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 def _config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", {})
     data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    # dropout matters in training alone
-    return {k: v for k, v in data.items() if k not in FLEETING and "drop" not in k}
+    return _lasting(data)
+
+
+def _lasting(data: dict[Any, Any]) -> dict[Any, Any]:
+    """What the base is known by; dropout matters in training alone."""
+    kept = {k: v for k, v in data.items() if k not in FLEETING and "drop" not in str(k)}
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _digest(data: Any) -> str:

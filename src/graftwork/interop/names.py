@@ -19,7 +19,18 @@ _TASKS = (
 _OFFERS = {
     "config": "PeftConfig PeftConfigMixin=PeftConfig PeftType TaskType",
     "errors": "PeftWarning PeftError=GraftworkError NoMatchingPeftModuleError=TargetError",
+    "types": _WHERE["types"],
     "methods.adalora": "SVDLinear=AdaLoRA",
+    "prompts.config": "PromptLearningConfig=PromptConfig",
+    "prompts.tokens": "PromptEmbedding=Tokens",
+    "prompts.encoder": "PromptEncoder=Encoded",
+    "prompts.tasks": "MultitaskPromptEmbedding=Tasks",
+    "prompts.cpt": "CPTEmbedding=Context",
+    "prompts.keys": "PrefixEncoder=Table",
+    "prompts.compose": _WHERE["prompts.compose"],
+    "prompts.cartridge": "CartridgeEncoder=Cartridge",
+    "prompts.adaption": "AdaptedAttention=Gated",
+    "prompts.kv": f"{_WHERE['prompts.kv']} prompt_embeddings_from_past_key_values",
     "model.peft_model": "PeftModel",
     "model.tasks": " ".join(
         ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
@@ -40,7 +51,7 @@ _OFFERS = {
     "update_forward_signature update_generate_signature update_signature",
     "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING "
-    "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PromptLearningConfig "
+    "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
     "SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME "
     "cast_mixed_precision_params check_if_peft_model "
     "check_target_module_exists fsdp_auto_wrap_policy get_layer_status get_model_status "
@@ -83,7 +94,8 @@ MODULES = frozenset(
         " auto config functional helpers import_utils mapping mapping_func mixed_model peft_model "
         "optimizers optimizers.lorafa optimizers.loraplus optimizers.riemannian tuners.lora.arrow "
         "tuners.lora.bnb tuners.lora.conversion tuners.lora.eetq tuners.lora.gptq "
-        "tuners tuners.tuners_utils tuners.lora.variants tuners.lora.eva tuners.lora.corda "
+        "tuners tuners.tuners_utils tuners.cartridge.utils tuners.lora.variants tuners.lora.eva "
+        "tuners.lora.corda "
         "tuners.lora.loraga tuners.mixed tuners.mixed.model utils utils.constants "
         "utils.error utils.hotswap utils.integrations utils.other utils.peft_types "
         "utils.loftq_utils utils.save_and_load utils.warning"

@@ -31,10 +31,6 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 
 
-class PromptLearningConfig:
-    """PEFT's base of prompt methods' configs; a config of this library is none."""
-
-
 class _Having(type):
     """A class whose instances are the hosts that have a part of some kind."""
 

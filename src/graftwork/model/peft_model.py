@@ -204,6 +204,7 @@ class PeftModel(Reports, Updating):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
+        compat: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters: ``default`` into the folder, others into folders of their names. No
@@ -219,11 +220,16 @@ class PeftModel(Reports, Updating):
             path_initial_model_for_weight_conversion: anything but None writes an adapter that
                 starts from the base weight (PiSSA, OLoRA) as a plain LoRA of twice the rank, for
                 the untouched base.
+            compat: "peft" writes what PEFT can read also where the method is not one of its own:
+                P_TUNING_V2 as PREFIX_TUNING.
             **kwargs: ``state_dict``: the model's gathered tensors.
 
         Raises:
             FileError: the folder cannot be written.
+            ValueError: PEFT has no method that does the same.
         """
+        if compat not in (None, "peft"):
+            raise ValueError(f"compat={compat!r} is not known; it is 'peft', or left out")
         if not safe_serialization:
             text = "pickle files are not written; safe_serialization=False"
             if not POLICY.lenient:
@@ -238,6 +244,7 @@ class PeftModel(Reports, Updating):
                 save_embedding_layers,
                 plain,
                 kwargs.get("state_dict"),
+                compat,
             )
 
     @classmethod

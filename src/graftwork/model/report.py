@@ -125,7 +125,9 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
     for name in host.adapters:
         for key, part in host.parts_of(name):
             site = host.site_of(key)
-            tensors = [t for t in part.state_dict(keep_vars=True).values() if t.is_floating_point()]
+            own, shared = part.state_dict(keep_vars=True).values(), part.shared
+            every = (*own, *(() if shared is None else shared.parameters()))
+            tensors = [t for t in every if t.is_floating_point()]
             like = tensors[0] if tensors else next(host.base_layer.parameters())
             yield Row(
                 site=path

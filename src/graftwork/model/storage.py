@@ -59,6 +59,7 @@ def save(
     embeddings: str | bool,
     plain: bool,
     state_dict: Mapping[str, Tensor] | None,
+    compat: str | None = None,
 ) -> None:
     """Write adapters into a folder; see ``PeftModel.save_pretrained``."""
     folder = Path(directory)
@@ -70,6 +71,9 @@ def save(
             f"selected_adapters names {unknown}; this model has {sorted(model.peft_config)}"
             + did_you_mean(unknown[0], model.peft_config)
         )
+    if compat == "peft":  # before anything is written
+        for name in names:
+            model.peft_config[name].for_peft(model.get_base_model(), {})
     note = {"identity": identity.identity(model.get_base_model())}
     for name in names:
         config = model.peft_config[name]
@@ -78,6 +82,8 @@ def save(
         )
         if plain:
             config, tensors = as_plain_lora(model.get_base_model(), config, name, tensors)
+        if compat == "peft":
+            config, tensors = config.for_peft(model.get_base_model(), tensors)
         config = copy(config)
         config.inference_mode = True
         config.base_model_name_or_path = (
@@ -98,11 +104,16 @@ def save(
 
 
 def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """What a resumed training needs beyond the adapter's own file: the state of its schedule."""
-    schedule = model.base_model.switch.schedules.get(name)
+    """What a resumed training needs beyond the adapter's own file: what its parts share that is not
+    there, and the state of its schedule.
+    """
+    switch = model.base_model.switch
+    schedule, shared = switch.schedules.get(name), switch.shared.get(name)
+    state = {} if shared is None else shared.training_state()
+    out = {f"{codec.MARK}:{key}": tensor.detach() for key, tensor in state.items()}
     if schedule is None or schedule.first() is None:
-        return {}
-    out = {"step": torch.tensor(schedule.step)}
+        return out
+    out["step"] = torch.tensor(schedule.step)
     for path, adapter in schedule.adapters.items():
         out.update(
             {f"{path}:{key}": tensor.detach() for key, tensor in adapter.training_state().items()}
@@ -112,15 +123,20 @@ def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Take back what ``training_state`` gave."""
-    schedule = model.base_model.switch.schedules.get(name)
-    if schedule is None or not tensors:
-        return
-    schedule.step, schedule.version = int(tensors["step"]), None
+    switch = model.base_model.switch
+    schedule = switch.schedules.get(name)
     with torch.no_grad():
-        for path, adapter in schedule.adapters.items():
-            adapter.load_training_state(
-                {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
-            )
+        if state := _at(codec.MARK, tensors):
+            switch.shared[name].load_training_state(state)
+        if schedule is not None and "step" in tensors:
+            schedule.step, schedule.version = int(tensors["step"]), None
+            for path, adapter in schedule.adapters.items():
+                adapter.load_training_state(_at(path, tensors))
+
+
+def _at(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a training state holds of one part."""
+    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
 
 
 class Loader:
@@ -191,19 +207,38 @@ class Loader:
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
         codec.judge(report, str(self.source), self.strict, self._hint(base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
+        resumed = self._resumed(model.base_model.switch.shared.get(name), new)
         if report.missing and new:
             _start_missing(base, name, parts, found)
-        codec.fill(base, parts, self.tensors, found)
+        codec.fill(base, parts, self.tensors, found, resumed)
         if not new:
             self.file_config.fill(base, name)
             refresh(base, name)
-        if not new and self.config.has_schedule():
+        ranked = hasattr(self.file_config, "rank_pattern")
+        if not new and ranked and self.config.has_schedule():
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         load_training_state(model, name, self.training)
-        if self.training:
+        if self.training and ranked:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         self._check_base(base)
         return report
+
+    def _resumed(self, shared: Any, new: bool) -> Any:
+        """What is filled from the training state instead of from the file."""
+        if shared is None or not shared.resumes:
+            mine = f"{codec.MARK}:"
+            self.training = {k: t for k, t in self.training.items() if not k.startswith(mine)}
+            return None
+        if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
+            self.training = read_beside(self.source, "training")
+        state, own = _at(codec.MARK, self.training), shared.training_state()
+        if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
+            raise FileError(
+                f"the training state in {self.source} is that of another config than this adapter "
+                f"has: {sorted(state)} there, {sorted(own)} here, or of other shapes; load it with "
+                "the config that it was saved with"
+            )
+        return shared if state else None
 
     def _hint(self, base: nn.Module) -> str:
         saved = self.note.get("identity")

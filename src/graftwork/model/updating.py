@@ -40,7 +40,7 @@ class Updating(nn.Module):
         energy: float | None = None,
         compat: str | None = None,
     ) -> dict[str, float]:
-        """Add a LoRA that combines adapters of any methods; it is not active.
+        """Add a LoRA that combines adapters of any methods, or a prompt of prompts; not active.
 
         Args:
             adapters: their names.
@@ -48,7 +48,8 @@ class Updating(nn.Module):
             adapter_name: the name of the new one.
             combination_type: "linear", "cat" (linear, of the full rank), "svd" (linear, with a
                 rank), "ties", "dare_linear", "dare_ties", "magnitude_prune": of the updates, in
-                factored form; also PEFT's names that end with ``_svd``.
+                factored form, or PEFT's names with ``_svd``. Of prompts "cat", the rows of all, or
+                "linear", the weighted sum of the rows.
             svd_rank: at most so many directions; for "svd" by default the adapters' largest rank.
             svd_clamp: PEFT's option, which is not available.
             svd_full_matrices: PEFT's option, without effect on the result.
@@ -62,7 +63,7 @@ class Updating(nn.Module):
             Place -> the share of the combined update that a smaller rank leaves out.
 
         Raises:
-            StateError: the request makes no sense, or an adapter is no update of weights.
+            StateError: the request makes no sense, or these adapters cannot be one.
         """
         from ..updates.combine import combine
 
@@ -70,10 +71,8 @@ class Updating(nn.Module):
             raise ValueError("svd_clamp is not available: it distorts the update. Leave it out")
         root, rule = self.base_model, compat or ("peft" if POLICY.lenient else None)
         rank, sign, how = svd_rank, majority_sign_method, combination_type
-        model, switch = root.model, root.switch
-        return combine(
-            model, switch, adapters, weights, adapter_name, how, rank, energy, density, sign, rule
-        )
+        options = adapter_name, how, rank, energy, density, sign, rule
+        return combine(root.model, root.switch, adapters, weights, *options)
 
     def to_lora(
         self,

@@ -10,11 +10,11 @@ from torch import nn
 from ..engine.adapter import Adapter
 from ..engine.host import Host
 from ..engine.module import part_key
-from ..engine.plan import ABOVE, BENEATH, Slot, at
 from ..engine.site import ParameterSite, kind_of
 from ..errors import StateError
 from ..targets.experts import spell_out
 from ..targets.match import Match, within
+from ..targets.plan import ABOVE, BENEATH, Slot, at
 from .whole import Bias, Copy, Whole
 
 if TYPE_CHECKING:

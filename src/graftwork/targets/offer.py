@@ -105,7 +105,10 @@ class Offer:
     def first_embedding(self) -> str | None:
         """The path of the input embedding, where the model says which one it is or has just one."""
         getter = getattr(self.model, "get_input_embeddings", None)
-        wanted = getter() if callable(getter) else None
+        try:
+            wanted = getter() if callable(getter) else None
+        except NotImplementedError:  # transformers' answer of a model of sounds
+            return None
         tables = [p for p, m in self.modules.items() if isinstance(m, nn.Embedding)]
         chosen = [p for p in tables if wanted is not None and self.modules[p] is inside(wanted)]
         return (chosen or tables)[0] if chosen or len(tables) == 1 else None

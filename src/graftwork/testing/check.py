@@ -1,4 +1,4 @@
-"""``check_method``: every law on every kind of layer, as a table."""
+"""``check_method``: every law on every kind of layer, or on a whole model, as a table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from ..methods.ia3 import IA3Config
 from ..methods.lora_config import LoraConfig
 from . import laws
 from .bench import Bench
-from .layers import KINDS
+from .layers import KINDS, Kind
+
+WHOLE = "a transformer of two blocks"
 
 
 @dataclass
 class Report:
-    """What a method does at each kind of layer.
+    """What a method does at each kind of layer, or in a whole model.
 
     Args:
         method: its name.
-        rows: kind of layer -> law -> "yes", or why not.
+        rows: kind of layer -> law -> "yes", or why not; "whole" is a whole model.
     """
 
     method: str
@@ -46,7 +48,7 @@ class Report:
             held = sum(text == "yes" for text in row.values())
             others = {text for text in row.values() if text != "yes"}
             told = f"{held} laws hold" if held else "-"
-            lines.append(f"  {KINDS[kind].about:<32} {told}")
+            lines.append(f"  {KINDS[kind].about if kind in KINDS else WHOLE:<32} {told}")
             lines += [f"      {text}" for text in sorted(others)]
         return "\n".join(lines)
 
@@ -54,7 +56,8 @@ class Report:
 def check_method(
     config: TargetConfig, call: Mapping[str, Any] | None = None, show: bool = True
 ) -> Report:
-    """Run every law for a method on every kind of layer.
+    """Run every law for a method on every kind of layer; where it sits at none, as virtual tokens
+    do, in a transformer of two blocks.
 
     Args:
         config: a config of the method, small enough for layers of 6 to 12 channels; its targets
@@ -67,14 +70,20 @@ def check_method(
         What held; ``failures`` is empty where nothing is wrong.
     """
     report = Report(config.method)
+    given = dict(call or {})
     for kind in KINDS:
-        report.rows[kind] = _row(config, kind, dict(call or {}))
+        report.rows[kind] = _row(config, kind, given)
+    if all("attaches" in row for row in report.rows.values()):
+        from .blocks import BLOCKS
+
+        whole = _row(config, BLOCKS, given)
+        report.rows = {"whole": whole} if "attaches" not in whole else report.rows
     if show:
         print(report)
     return report
 
 
-def _row(config: TargetConfig, kind: str, call: dict[str, Any]) -> dict[str, str]:
+def _row(config: TargetConfig, kind: str | Kind, call: dict[str, Any]) -> dict[str, str]:
     alone = Bench(kind, [config], call)
     try:
         with warnings.catch_warnings():

@@ -122,9 +122,9 @@ class Entry:
         shake(model)
         return model.eval()
 
-    def native(self) -> nn.Module:
+    def native(self, **options: Any) -> nn.Module:
         """That model with the method and without a wrapper."""
-        return self.setup.inject(self.base(), self.at(), "a0", IDS)
+        return self.setup.inject(self.base(), self.at(**options), "a0", IDS)
 
     def loaded(self, folder: str, tied: bool = False, **options: Any) -> Any:
         """That model with the method out of a folder that the model was saved to."""

@@ -82,7 +82,9 @@ def gradients_reach_the_adapter_alone(bench: Bench) -> None:
     torch.manual_seed(0)
     bench.run(model).square().sum().backward()
     for name, p in model.named_parameters():
-        assert p.requires_grad == (p.grad is not None), name
+        assert p.requires_grad or p.grad is None, name
+        # a shadow's last block computes what no block behind it reads
+        assert not p.requires_grad or p.grad is not None or bench.at.whole, name
         assert not p.requires_grad or ".adapters." in name, name
         assert p.grad is None or bool(p.grad.isfinite().all()), name
     assert any(p.grad is not None for p in model.parameters()), "nothing is trained"
@@ -91,7 +93,7 @@ def gradients_reach_the_adapter_alone(bench: Bench) -> None:
 def unloading_gives_back_the_model(bench: Bench) -> None:
     """The user's own objects, tensors, bits and hooks."""
     model = bench.base()
-    model.l.register_forward_hook(_hook)
+    getattr(model, "l", model).register_forward_hook(_hook)
     parts = {name: id(module) for name, module in model.named_modules()}
     tensors = {n: (t, t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
     wrapped = bench.setup().attach(model, bench.config(), "a0", bench.x())
@@ -103,7 +105,8 @@ def unloading_gives_back_the_model(bench: Bench) -> None:
     now = back.state_dict(keep_vars=True)
     assert now.keys() == tensors.keys()
     assert all(now[n] is t and torch.equal(t, kept) for n, (t, kept) in tensors.items())
-    assert list(back.l._forward_hooks.values()) == [_hook]
+    assert [h for m in back.modules() for h in m._forward_hooks.values()] == [_hook]
+    assert not any(m._forward_pre_hooks for m in back.modules())
     assert all(p.requires_grad for p in back.parameters())
 
 
@@ -120,7 +123,9 @@ def saving_keeps_every_bit(bench: Bench) -> None:
     model.requires_grad_(False), loaded.requires_grad_(False)  # torch has kernels for either case
     with torch.no_grad():
         assert torch.equal(bench.run(loaded), bench.run(model))
-    mine, theirs = model.state_dict(), loaded.state_dict()
+    # of what a network makes a file holds what it made, and loaded there is no network
+    made = any(shared.resumes for shared in model.base_model.switch.shared.values())
+    mine, theirs = (_base_tensors(m) if made else m.state_dict() for m in (model, loaded))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
 

@@ -18,6 +18,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ..config import OPTIONAL, PeftConfig
+from ..hooks import UPDATES
 from ..methods.lora_config import LoraConfig
 from ..model import functional, updating
 from . import laws
@@ -51,6 +52,18 @@ def _reloads(entry: Entry, model: Any, tied: bool = False, **options: Any) -> No
 
 def _sites(model: Any) -> set[str]:
     return {path for path, host in model.base_model.hosts().items() if host.parts_of("a0")}
+
+
+def _several(entry: Entry) -> set[str]:
+    """Where the method sits.
+
+    Raises:
+        MeaninglessError: at one place, so that there is nothing to choose from.
+    """
+    every = _sites(entry.small())
+    if len(every) == 1:
+        raise MeaninglessError("it sits at one place")
+    return every
 
 
 def merge(entry: Entry) -> None:
@@ -94,6 +107,9 @@ def hotswap(entry: Entry) -> None:
     """Another adapter's values take effect without another compilation."""
     model, other = _apart(entry)
     want = entry.run(other)
+    with tempfile.TemporaryDirectory() as folder:  # what networks made is not to be made again
+        model.save_pretrained(folder)
+        model = entry.loaded(folder)
     updating.prepare_model_for_compiled_hotswap(model, target_rank=_rank(other))
     counter: Any = CompileCounter()
     torch._dynamo.reset()
@@ -141,10 +157,18 @@ def _rank(model: Any) -> int | None:
 
 
 def weighted(entry: Entry) -> None:
-    """A combination is that of the updates."""
-    _changes_layers(entry)
+    """A combination is that of the updates; of prompts it is all of them at once."""
     bench = entry.pair()
     model = bench.model()
+    if model.peft_config["a0"].COMBINES != UPDATES:
+        model.add_weighted_adapter(["a0", "a1"], [1, 1], "new", "cat")
+        both = []
+        for names in (["a0", "a1"], ["new"]):
+            with model.using(*names):
+                both.append(bench.run(model))
+        close(*both)
+        return
+    _changes_layers(entry)
     outputs = []
     for names in ([], ["a0"], ["a1"]):
         with model.using(*names):
@@ -267,7 +291,7 @@ def token_indices(entry: Entry) -> None:
 
 def layers_to_transform(entry: Entry) -> None:
     """Only the chosen blocks are adapted."""
-    every = _sites(entry.small())
+    every = _several(entry)
     model = entry.small(entry.at(layers_to_transform=[1], layers_pattern=["layers"]))
     assert _sites(model) == {site for site in every if "layers.1" in site} != every
     _reloads(entry, model)
@@ -275,7 +299,7 @@ def layers_to_transform(entry: Entry) -> None:
 
 def exclude(entry: Entry) -> None:
     """A layer is left out by name."""
-    every = _sites(entry.small())
+    every = _several(entry)
     model = entry.small(entry.at(exclude_modules=[max(every)]))
     assert _sites(model) == every - {max(every)} != set()
     _reloads(entry, model)
@@ -303,7 +327,7 @@ def mixed(entry: Entry) -> None:
 
 def native(entry: Entry) -> None:
     """It is injected into a model without a wrapper; its tensors are read and given back."""
-    model, new = entry.native(), entry.native()
+    model, new = entry.native(), entry.native(inference_mode=True)
     shake(model)
     tensors = functional.get_peft_model_state_dict(model, adapter_name="a0")
     functional.set_peft_model_state_dict(new, tensors, "a0")

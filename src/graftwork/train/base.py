@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,30 @@ def longest(tokenizer: Any, config: Any) -> int | None:
     )
 
 
+def model_class(kind: str, source: str, config: Any) -> type[Any]:
+    """The class of a base model, without its weights.
+
+    Args:
+        kind: the class of transformers that chooses it.
+        source: what ``resolve`` gave.
+        config: the model's config.
+
+    Raises:
+        RecipeError: there is none for this config.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    with _explained(source), init_empty_weights():
+        return type(getattr(transformers, kind).from_config(copy.deepcopy(config)))
+
+
+def taken(method: Any, kind: type[Any]) -> int:
+    """How many positions of a base model of this class a method's virtual tokens take."""
+    known = inspect.signature(kind.forward).parameters
+    return int(method.positions(known)) if method.is_prompt_learning else 0
+
+
 def load_config(source: str, revision: str | None = None, **changes: Any) -> Any:
     """The model's config with some fields changed."""
     import transformers
@@ -111,14 +137,19 @@ def set_attention(config: Any, kernel: str) -> None:
         config._attn_implementation = kernel
 
 
+def dropouts(config: Any) -> list[str]:
+    """The fields of a model's config that are dropouts; skipped layers are something else."""
+    names = [n for n, v in config.to_dict().items() if "drop" in n and type(v) in (int, float)]
+    return [n for n in names if "layer" not in n]
+
+
 def set_dropout(config: Any, share: float) -> None:
-    """Change every dropout of a model in its config; skipped layers are something else.
+    """Change every dropout of a model in its config.
 
     Raises:
         RecipeError: the model has none.
     """
-    names = [n for n, v in config.to_dict().items() if "drop" in n and type(v) in (int, float)]
-    names = [n for n in names if "layer" not in n]
+    names = dropouts(config)
     if not names:
         raise RecipeError(f"--base-dropout: a {config.model_type} has no dropout; leave it out")
     for name in names:

@@ -5,13 +5,14 @@ for them. A method that stands in the table of methods needs nothing here.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
 
-from ..config import PeftConfig, TargetConfig
+from ..config import PeftConfig, TargetConfig, TaskType
 from ..errors import GraftworkError, did_you_mean
 from ..table import METHODS, method
+from .defaults import defaults
 
 FILLED_IN = {f.name for f in fields(PeftConfig)} | {"runtime_config"}  # not the user's to give
 
@@ -66,34 +67,7 @@ class OptionError(GraftworkError, ValueError):
     """A key that nothing here has, or a value that its field cannot hold."""
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What the command line takes where the user says nothing.
-
-    Args:
-        rate: peak learning rate for classification.
-        language_rate: peak learning rate for language models.
-        options: values of the method's fields.
-    """
-
-    rate: float = 1e-3
-    language_rate: float = 5e-4
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-ALL_LINEAR = {"target_modules": "all-linear"}
-DEFAULTS = {
-    "LORA": Defaults(1e-3, 5e-4, {**ALL_LINEAR, "r": 8, "lora_alpha": 16}),
-    "ADALORA": Defaults(2e-3, 1e-3, {**ALL_LINEAR, "lora_alpha": 32}),
-    "IA3": Defaults(1e-2, 5e-3),
-    "TRAINABLE_TOKENS": Defaults(1e-3, 1e-3),
-}
-HEAD_RATE = 5e-3  # a head starts from noise, so it may take longer strides than an adapter
-
-
-def defaults(name: str) -> Defaults:
-    """The defaults of a method; a method without measured ones gets the usual."""
-    return DEFAULTS.get(name) or Defaults()
+TASKS = {"MULTITASK_PROMPT_TUNING": "num_tasks", "POLY": "n_tasks"}  # how many tasks share it
 
 
 def names_of(method_name: str) -> list[str]:
@@ -136,8 +110,33 @@ def parse(name: str, given: Mapping[str, Any], spelling: Mapping[str, str]) -> d
         key: _typed(spelling[key], _read(value, hints[key]), hints[key])
         for key, value in given.items()
     }
-    make(name, values, steps=10**6)  # the config's own checks, before any data is read
+    # the config's own checks, before any data is read; no method refuses this task
+    known = filled(name, values, "a model", ("a label",))
+    make(name, {**values, **known}, steps=10**6, task_type=TaskType.CAUSAL_LM)
     return values
+
+
+def filled(
+    name: str, values: Mapping[str, Any], tokenizer: str, labels: Sequence[str]
+) -> dict[str, Any]:
+    """What the pipeline knows where a prompt is to start as a text or as labels.
+
+    Args:
+        name: the method.
+        values: the user's options.
+        tokenizer: the base model's.
+        labels: of classification; empty otherwise.
+    """
+    start = {**defaults(name).options, **values}.get("prompt_tuning_init")
+    known: dict[str, Any] = {}
+    if start in ("TEXT", "LABELS"):
+        known["tokenizer_name_or_path"] = tokenizer
+    if start == "TEXT":
+        asked = f"Classify the text: {' or '.join(labels)}." if labels else "Write what follows."
+        known["prompt_tuning_init_text"] = asked
+    if start == "LABELS" and labels:
+        known["prompt_tuning_init_labels"] = list(labels)
+    return {key: value for key, value in known.items() if key not in values}
 
 
 def make(name: str, values: Mapping[str, Any], steps: int, **fixed: Any) -> PeftConfig:
@@ -162,7 +161,12 @@ def make(name: str, values: Mapping[str, Any], steps: int, **fixed: Any) -> Peft
     try:
         return config(**{k: v for k, v in chosen.items() if k in own}, **fixed)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"the method {name} cannot be used like this: {error}") from error
+        raise refused(name, error) from error
+
+
+def refused(name: str, error: Exception) -> OptionError:
+    """The error for options of a method that its config or the base model refuses."""
+    return OptionError(f"the method {name} cannot be used like this: {error}")
 
 
 def unknown(key: str, spelled: str, name: str, known: Collection[str]) -> OptionError:
@@ -186,7 +190,7 @@ def _read(value: Any, hint: Any) -> Any:
         return value
     import yaml
 
-    if hint is str:
+    if hint is str or (set(get_args(hint)) == {str, type(None)} and value.lower() != "null"):
         return value
     pattern = re.search(r"[\\^$*+?{}()|\[\]]", value)
     if "," in value and not pattern:

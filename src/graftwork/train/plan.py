@@ -43,13 +43,14 @@ class Plan:
     Args:
         trainable: numbers that are trained.
         parameters: all numbers.
-        places: how many layers are adapted.
+        places: how many layers are adapted; 1 of a prompt at the input.
         steps: optimizer steps.
         epochs: passes over the data.
         rate: peak learning rate of the adapter.
         head_rate: that of new modules; None where there are none.
         memory: the estimate.
         available: bytes that the device has free.
+        virtual: virtual tokens of a prompt.
     """
 
     trainable: int
@@ -61,6 +62,7 @@ class Plan:
     head_rate: float | None
     memory: Memory
     available: int
+    virtual: int = 0
 
     @property
     def share(self) -> float:
@@ -78,9 +80,18 @@ def count_steps(recipe: Recipe, samples: int) -> tuple[int, float]:
 
 
 def estimate(
-    model: nn.Module, samples: Samples, recipe: Recipe, pad: int, precision: str
+    model: nn.Module, samples: Samples, recipe: Recipe, pad: int, precision: str, more: int = 0
 ) -> Memory:
-    """What training will take, measured on two short samples and scaled to the longest batch."""
+    """What training will take, measured on two short samples and scaled to the longest batch.
+
+    Args:
+        model: with the adapter in it.
+        samples: those to train on.
+        recipe: decides the size of a batch.
+        pad: the padding token.
+        precision: in which it computes.
+        more: virtual tokens that make every sample longer.
+    """
     weights, trained = 0, 0
     for p in {id(p): p for p in model.parameters()}.values():
         size = p.numel() * p.element_size()
@@ -89,13 +100,17 @@ def estimate(
     lengths = sorted(samples.lengths(), reverse=True)[: recipe.batch_size]
     longest = max(range(len(samples)), key=samples.lengths().__getitem__)
     batch = collate([samples[longest]], pad)
-    a, b = _growth(model, batch, precision)
-    size, width = len(lengths), lengths[0]
+    a, b = _growth(model, batch, precision, more)
+    size, width = len(lengths), lengths[0] + more
     return Memory(weights, trained, int(size * (a * width + b * width**2)))
 
 
-def _growth(model: nn.Module, batch: dict[str, Tensor], precision: str) -> tuple[float, float]:
-    """Bytes that a sample of n tokens keeps for the backward pass, as a n + b n^2."""
+def _growth(
+    model: nn.Module, batch: dict[str, Tensor], precision: str, more: int
+) -> tuple[float, float]:
+    """Bytes that a sample of n tokens keeps for the backward pass, as a n + b n^2; of these n
+    ``more`` are virtual.
+    """
     longest = batch["input_ids"].shape[1]
     long = min(longest, 64)
     short = max(1, long // 2)
@@ -104,6 +119,7 @@ def _growth(model: nn.Module, batch: dict[str, Tensor], precision: str) -> tuple
     with torch.random.fork_rng():
         few, many = (_kept(model, _cut(batch, n), precision) for n in (short, long))
     model.train(was)
+    short, long = short + more, long + more
     if long == short:
         return many / long, 0.0
     b = max(0.0, (many / long - few / short) / (long - short))
@@ -111,7 +127,8 @@ def _growth(model: nn.Module, batch: dict[str, Tensor], precision: str) -> tuple
 
 
 def _cut(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    return {key: t[:, :n] if t.ndim > 1 else t for key, t in batch.items()}
+    # its end: T5 and BART look for the mark that ends a text
+    return {key: t[:, -n:] if t.ndim > 1 else t for key, t in batch.items()}
 
 
 def _kept(model: Any, batch: dict[str, Tensor], precision: str) -> int:

@@ -9,16 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import GraftworkError
 from ..model.peft_model import PeftModel
 from ..model.tasks import get_peft_model
 from ..parts.whole import Copy
+from ..prompts.config import PromptConfig
+from ..prompts.tokens import TokensConfig
 from . import base, corpus, options, plan
 from .corpus import Corpus
+from .defaults import defaults
 from .plan import Plan
 from .recipe import Recipe, RecipeError
 from .tasks import Encoded, Spec, Task
 
 Say = Callable[[str], None]
+SHORTEST = 4  # tokens that a text may be cut to
 
 
 @dataclass(frozen=True)
@@ -87,16 +92,22 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     spec = task.spec(found.columns, recipe, tokenizer, found.train)
     config = base.load_config(recipe.model, recipe.revision, **task.config(spec, tokenizer))
     _check_base(task, config, recipe, found)
-    if recipe.base_dropout is not None:
-        base.set_dropout(config, recipe.base_dropout)
-    spec = replace(spec, max_length=_limit(recipe, task, base.longest(tokenizer, config)))
+    method = _method(recipe, task, spec)
+    virtual = _virtual(method, task, recipe, config)
+    usual = defaults(recipe.method).base_dropout if base.dropouts(config) else None
+    dropout = usual if recipe.base_dropout is None else recipe.base_dropout
+    if dropout is not None:
+        base.set_dropout(config, dropout)
+    limit = _limit(recipe, task, base.longest(tokenizer, config), virtual)
+    spec = replace(spec, max_length=limit)
     say("encoding the data")
     train = task.encode(found.train, spec, tokenizer, corpus.short(recipe.data))
     test = task.encode(found.test, spec, tokenizer, found.held)
     steps, epochs = plan.count_steps(recipe, len(train.samples))
     say("loading the base model")
     precision = base.choose_precision(recipe.precision)
-    kernel = base.choose_attention(recipe.attention, max(train.samples.lengths()))
+    keys = max(train.samples.lengths()) + (method.n if method.is_prompt_learning else 0)
+    kernel = base.choose_attention(recipe.attention, keys)
     recipe = recipe.model_copy(update={"attention": kernel})
     base.set_attention(config, kernel)
     model = adapted(recipe, task, spec, config, steps)
@@ -107,6 +118,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         *_long(train, spec, task, "training"),
         *_long(test, spec, task, "held-out"),
         *_tight(made),
+        *_random(recipe),
     ]
     return Prepared(recipe, found, spec, tokenizer, model, train, test, made, precision, remarks)
 
@@ -124,14 +136,63 @@ def _check_base(task: Task, config: Any, recipe: Recipe, found: Corpus) -> None:
         ) from error
 
 
-def _limit(recipe: Recipe, task: Task, most: int | None) -> int:
-    if recipe.max_length is None:
-        return min(task.length, most or task.length)
-    if most is not None and recipe.max_length > most:
+def _method(recipe: Recipe, task: Task, spec: Spec) -> Any:
+    """The method's config, as far as it is known before the training data is encoded.
+
+    Raises:
+        RecipeError: the method cannot learn this task, or not from such data.
+    """
+    values, name = recipe.method_options, recipe.method
+    tasks = options.TASKS.get(name, "")
+    if (values.get(tasks) or 1) > 1:
         raise RecipeError(
-            f"--max-length: the base model takes at most {most} tokens, not {recipe.max_length}"
+            f"--{tasks.replace('_', '-')}: each row would need the number of its task, which no "
+            "column gives here; leave it out, or train in Python with model(..., task_ids=)"
         )
-    return recipe.max_length
+    try:
+        method = make(recipe, task, spec, 10**6)
+    except options.OptionError as error:
+        raise RecipeError(
+            f"--method: {name} does not learn the task {task.name} like this: {error.__cause__}"
+        ) from error
+    if name == "CPT" and not values.get("cpt_token_ids"):
+        raise RecipeError(
+            "--cpt-token-ids is missing: CPT begins at the embeddings of examples; give the "
+            "numbers of their tokens, as in --cpt-token-ids 5,17,3, and with "
+            "--cpt-tokens-type-mask what each of them is"
+        )
+    return method
+
+
+def make(recipe: Recipe, task: Task, spec: Spec, steps: int, **more: Any) -> Any:
+    """The method's config for this task; ``more``: values beside the user's."""
+    values = {**recipe.method_options, **more}
+    values |= options.filled(recipe.method, values, recipe.model, spec.labels)
+    return options.make(recipe.method, values, steps, task_type=task.kind)
+
+
+def _virtual(method: Any, task: Task, recipe: Recipe, config: Any) -> int:
+    """How many positions of the base model are not there for the text."""
+    if not method.is_prompt_learning:
+        return 0
+    return base.taken(method, base.model_class(task.model_class, recipe.model, config))
+
+
+def _limit(recipe: Recipe, task: Task, most: int | None, virtual: int) -> int:
+    room, wanted = None if most is None else most - virtual, recipe.max_length
+    if room is not None and room < SHORTEST:
+        raise RecipeError(
+            f"{virtual} virtual tokens leave {max(0, room)} of the base model's {most} positions "
+            "for a text; use fewer of them"
+        )
+    if wanted is None:
+        return min(task.length, room or task.length)
+    if room is not None and wanted > room:
+        rest = f", {virtual} of them virtual, so {room} of a text" if virtual else ""
+        raise RecipeError(
+            f"--max-length: the base model takes at most {most} tokens{rest}, not {wanted}"
+        )
+    return wanted
 
 
 def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> PeftModel:
@@ -142,21 +203,26 @@ def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> 
     model, new = base.load_model(
         task.model_class, recipe.model, config, recipe.precision, recipe.revision, recipe.seed
     )
-    values = dict(recipe.method_options)
+    more: dict[str, Any] = {}
     if new and task.model_class == "AutoModelForCausalLM":
         raise RecipeError(
             f"--model: {recipe.model} lacks the weights of {', '.join(new[:3])}, which a "
             f"{type(model).__name__} needs, so it would write noise; is it a language model?"
         )
     if new and options.is_targeted(recipe.method):
-        own = values.get("modules_to_save") or []
-        values["modules_to_save"] = sorted({*own, *new})
-    method = options.make(recipe.method, values, steps, task_type=task.kind)
+        own = recipe.method_options.get("modules_to_save") or []
+        more["modules_to_save"] = sorted({*own, *new})
+    method = make(recipe, task, spec, steps, **more)
     model.config.use_cache = False  # nothing is generated in training
     if recipe.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
-    return get_peft_model(model, method, revision=recipe.revision)
+    try:
+        return get_peft_model(model, method, revision=recipe.revision)
+    except GraftworkError:
+        raise
+    except ValueError as error:  # an option that does not fit this base model
+        raise options.refused(recipe.method, error) from error
 
 
 def _plan(
@@ -164,19 +230,25 @@ def _plan(
     precision: str, pad: int,
 ) -> Plan:  # fmt: skip
     trainable, every = model.get_nb_trainable_parameters()
-    rates = options.defaults(recipe.method)
+    rates = defaults(recipe.method)
     usual = rates.rate if task.higher_is_better else rates.language_rate
     has_head = any(isinstance(m, Copy) for m in model.modules())
+    config = model.active_peft_config
+    virtual = config.n if isinstance(config, PromptConfig) else 0
+    longer = virtual if isinstance(config, TokensConfig) else 0
+    sites = {row.site: row.method for row in model.adapters()}
+    own = [site for site, method in sites.items() if method != Copy.__name__]  # not the new head
     return Plan(
         trainable,
         every,
-        len({row.site for row in model.adapters()}),
+        1 if longer else len(own or sites),
         steps,
         epochs,
         recipe.learning_rate or usual,
-        (recipe.head_learning_rate or options.HEAD_RATE) if has_head else None,
-        plan.estimate(model, train.samples, recipe, pad, precision),
+        (recipe.head_learning_rate or rates.head_rate) if has_head else None,
+        plan.estimate(model, train.samples, recipe, pad, precision, longer),
         plan.available(model.get_base_model().device),  # type: ignore[arg-type]
+        virtual,
     )
 
 
@@ -186,6 +258,15 @@ def _long(found: Encoded, spec: Spec, task: Task, what: str) -> Sequence[str]:
     return (
         f"{found.long:,} {what} texts are longer than {spec.max_length} tokens (the longest has "
         f"{found.longest:,}) and are {task.cutting}; --max-length sets the limit",
+    )
+
+
+def _random(recipe: Recipe) -> Sequence[str]:
+    if recipe.method != "CARTRIDGE":
+        return ()
+    return (
+        "a cartridge is meant to begin as the keys and values of a text, and here it begins at "
+        "random; in Python, initialize_kv_prefix_from_text gives it a text",
     )
 
 

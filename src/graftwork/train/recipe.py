@@ -59,7 +59,9 @@ class Recipe(BaseModel):
     batch_size: int = _option(LEARNING, "samples in one forward pass", 32, ge=1)
     gradient_accumulation: int = _option(LEARNING, "forward passes in one step", 1, ge=1)
     learning_rate: float | None = _option(LEARNING, "peak rate; by default by method", gt=0)
-    head_learning_rate: float | None = _option(LEARNING, "rate of a new head", gt=0)
+    head_learning_rate: float | None = _option(
+        LEARNING, "of a new head; by default by method", gt=0
+    )
     schedule: Literal["linear", "cosine", "constant"] = _option(
         LEARNING, "linear, cosine or constant", "linear"
     )
@@ -67,7 +69,7 @@ class Recipe(BaseModel):
     weight_decay: float = _option(LEARNING, "AdamW's weight decay", 0.0, ge=0)
     max_grad_norm: float = _option(LEARNING, "gradients are clipped to this norm", 1.0, gt=0)
     base_dropout: float | None = _option(
-        LEARNING, "dropout inside the base model; by default its own", ge=0, lt=1
+        LEARNING, "dropout inside the base model; by default by method", ge=0, lt=1
     )
     seed: int = _option(LEARNING, "decides split, order, start and dropout", 0, ge=0)
 

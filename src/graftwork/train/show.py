@@ -162,14 +162,24 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         ("data", f"{len(found.train):,} to train, {len(found.test):,} held out ({found.held})"),
         ("columns", str(found.columns)),
         ("task", goal),
-        ("method", f"{recipe.method} at {made.places} places{_options(recipe.method_options)}"),
+        ("method", f"{_method(recipe.method, made)}{_options(recipe.method_options)}"),
         ("trains", f"{made.trainable:,} of {made.parameters:,} parameters ({made.share:.2%})"),
         ("steps", f"{made.steps:,} of {together} samples ({epochs}), {prepared.precision}"),
-        ("length", f"at most {spec.max_length} tokens"),
+        ("length", f"at most {spec.max_length} tokens{_virtual(made.virtual)}"),
         ("rate", f"{made.rate:g}{heads}, {recipe.schedule}"),
         ("memory", memory(made)),
         ("output", near(Path(str(recipe.output)))),
     ]
+
+
+def _method(name: str, made: Plan) -> str:
+    if made.places == 1 and made.virtual:
+        return f"{name} at the input"
+    return f"{name} at {made.places} place{'s' * (made.places != 1)}"
+
+
+def _virtual(count: int) -> str:
+    return f" and {count} virtual one{'s' * (count != 1)}" if count else ""
 
 
 def model_name(source: str) -> str:
@@ -273,5 +283,6 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "head_learning_rate": made.head_rate,
         "precision": prepared.precision,
         "max_length": prepared.spec.max_length,
+        "virtual_tokens": made.virtual,
         "memory_bytes": made.memory.total,
     }

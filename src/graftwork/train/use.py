@@ -184,11 +184,14 @@ def generate(adapted: Adapted, prompt: str, tokens: int, temperature: float, see
             f'{adapted.folder} "some text"`'
         )
     ids = prompts.question(prompt, note.spec.template, adapted.tokenizer)
-    most = base.longest(adapted.tokenizer, adapted.model.get_base_model().config)
-    room = tokens if most is None else min(tokens, most - len(ids))
+    plain = adapted.model.get_base_model()
+    most = base.longest(adapted.tokenizer, plain.config)
+    virtual = base.taken(adapted.model.active_peft_config, type(plain))
+    room = tokens if most is None else min(tokens, most - virtual - len(ids))
     if room < 1 or not len(ids):
         raise RecipeError(
-            f"the prompt has {len(ids)} tokens and the model takes {most}; shorten the prompt"
+            f"the prompt has {len(ids)} tokens{f' behind {virtual} virtual ones' * bool(virtual)} "
+            f"and the model takes {most}; shorten the prompt"
             if len(ids)
             else "the prompt is empty"
         )

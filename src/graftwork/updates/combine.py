@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.inject import inject
 from ..engine.switch import Switch
 from ..errors import StateError, did_you_mean
+from ..hooks import UPDATES
 from . import rules
 from .factored import Factored, joined
 from .peft_rules import as_peft
-from .sites import Place, Updates, insert, updates_of
+from .sites import Place, Updates, beside, give, insert, updates_of
 
 SUFFIX = "_svd"
 TYPES = ("linear", "cat", "svd", *(n for n in rules.RULES if n != "linear"))
@@ -45,7 +48,12 @@ def combine(
     Raises:
         StateError: the request makes no sense, or an adapter cannot be written as an update.
     """
-    dense, how = how.endswith(SUFFIX), _checked(switch, adapters, weights, name, how, density)
+    _check(switch, adapters, weights, name)
+    if switch.configs[adapters[0]].COMBINES != UPDATES:
+        if (rank, energy, density) != (None, None, None):
+            raise StateError(f"svd_rank, energy and density are about {UPDATES}; leave them out")
+        return _joined(model, switch, adapters, weights, name, how)
+    dense, how = how.endswith(SUFFIX), _known(how, density)
     found = [updates_of(model, switch, n, "weighted") for n in adapters]
     if compat == "peft":
         insert(model, switch, name, as_peft(found, weights, how, dense, density, sign, rank), found)
@@ -66,14 +74,7 @@ def combine(
     return lost
 
 
-def _checked(
-    switch: Switch,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    name: str,
-    how: str,
-    density: float | None,
-) -> str:
+def _check(switch: Switch, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
     switch.check(tuple(adapters))
     if name in switch.configs:
         raise StateError(f"there is an adapter {name!r} already; choose another name")
@@ -81,6 +82,16 @@ def _checked(
         raise StateError(f"give a weight for each of {len(adapters)} adapters, not {len(weights)}")
     if bad := [w for w in weights if not math.isfinite(w)]:
         raise StateError(f"a weight is a finite number, not {bad[0]}")
+    kinds = {switch.configs[n].COMBINES: n for n in adapters}
+    if len(kinds) > 1:
+        each = ", ".join(f"{n!r} of {kind}" for kind, n in kinds.items())
+        raise StateError(
+            f"adapters that consist of different things cannot be one: {each}. Make them active "
+            f"together instead: set_adapter({list(adapters)})"
+        )
+
+
+def _known(how: str, density: float | None) -> str:
     plain = how.removesuffix(SUFFIX)
     if plain not in TYPES:
         raise StateError(
@@ -90,6 +101,36 @@ def _checked(
     if plain in rules.RULES and plain != "linear" and not (density and 0 < density <= 1):
         raise StateError(f"{how} keeps a share of the numbers: give density, above 0 and at most 1")
     return plain
+
+
+def _joined(
+    model: nn.Module,
+    switch: Switch,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: str,
+) -> dict[str, float]:
+    """Adapters that are no updates, as one of their own kind."""
+    configs: list[Any] = [switch.configs[n] for n in adapters]
+    with torch.no_grad():
+        held = [(n, switch.shared.get(n)) for n in adapters]
+        config, tensors = configs[0].combined(held, weights, how)
+    found = [updates_of(model, switch, n, "weighted", own=False) for n in adapters]
+    saved = _saved(found, weights, how, 1.0, "total")
+    if how == "cat" and (twice := [k for k in saved if sum(k in one.whole for one in found) > 1]):
+        raise StateError(
+            f"{list(adapters)} train {twice[0][0]} as a whole, of which only one can act: use "
+            "'linear', which adds up the changes of both"
+        )
+    biases = {one.bias for one in configs} - {"none"}
+    bias = "all" if "all" in biases else next(iter(biases), "none")
+    config = replace(config, bias=bias, **beside(saved))
+    inject(model, config, name, switch, start=False)
+    with torch.no_grad():
+        switch.shared[name].take(tensors, switch.configs[name])
+    give(model, name, saved)
+    return {}
 
 
 def _one(

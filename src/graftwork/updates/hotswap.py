@@ -17,13 +17,13 @@ from ..config import TargetConfig
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.inject import build
-from ..engine.plan import plan
 from ..engine.switch import Switch
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, warn
 from ..files import codec
 from ..methods.lora import LoRA
 from ..targets.offer import Offer
+from ..targets.plan import plan
 
 # what may differ: it is in tensors, says where the adapter sits, or matters in training alone
 FREE = set(

@@ -77,8 +77,10 @@ def updates_of(
     purpose: str,
     rank: int | None = None,
     energy: float | None = None,
+    own: bool = True,
 ) -> Updates:
-    """An adapter as updates, exact; of a smaller rank where the update is dense and one is given.
+    """An adapter as updates, exact; of a smaller rank where the update is dense and one is given;
+    without ``own`` only what it trains as a whole.
 
     Raises:
         StateError: an update cannot be written as a matrix; the text says why.
@@ -91,6 +93,8 @@ def updates_of(
                 continue  # the first end has the tensors
             if not _own(found.config, host, key) and (trained := _trained(host, part)) is not None:
                 found.whole[path, key if part.instead() is None else "copy"] = trained
+                continue
+            if not own:
                 continue
             if reason := part.FORBIDS.get(purpose) or part.FORBIDS.get("merge"):
                 raise StateError(f"{name!r} is no update of a weight at {path}: {reason}")
@@ -180,9 +184,28 @@ def insert(
                 if isinstance(part, LoRA):
                     site = host.need_site(key)
                     _fill(part, site, places[Place(path, site.parameter)])
-                elif not isinstance(part, Tied):
-                    _give(part, values[path, key])
             host.set_requires_grad(name, False)
+    give(model, name, values)
+
+
+@torch.no_grad()
+def give(
+    model: nn.Module, name: str, values: Mapping[tuple[str, str], Mapping[str, Tensor]]
+) -> None:
+    """Let an adapter take what is trained as a whole."""
+    for path, host in hosts(model).items():
+        for key, part in host.parts_of(name):
+            if (path, key) in values and not isinstance(part, Tied):
+                _give(part, values[path, key])
+
+
+def beside(saved: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of a config that ask for what is trained as a whole."""
+    tokens = {path: sorted(map(int, saved[path, k])) for path, k in saved if "tokens" in k}
+    return {
+        "modules_to_save": [path for path, key in saved if key == "copy"] or None,
+        "trainable_token_indices": tokens or None,
+    }
 
 
 def _levelled(places: Mapping[Place, Factored]) -> dict[Place, Factored]:
@@ -213,8 +236,6 @@ def _config(
     first, ranks = configs[0], [u.rank for u in places.values()]
     r = max(set(ranks), key=ranks.count) if ranks else 1
     others = {re.escape(p.name): u.rank for p, u in places.items() if u.rank != r}
-    keys = [(path, key) for path, key in saved]
-    tokens = {path: sorted(map(int, saved[path, k])) for path, k in keys if "tokens" in k}
     biases = {config.bias for config in configs} - {"none"}
     return LoraConfig(
         task_type=first.task_type,
@@ -228,8 +249,7 @@ def _config(
         target_modules=_exactly(model, {p.path for p in places if p.parameter == "weight"}),
         target_parameters=[p.name for p in places if p.parameter != "weight"] or None,
         lora_bias=any(u.bias is not None for u in places.values()),
-        modules_to_save=[path for path, key in keys if key == "copy"] or None,
-        trainable_token_indices=tokens or None,
+        **beside(saved),
         bias=("all" if "all" in biases else "lora_only") if biases else "none",
         ensure_weight_tying=any(one.tied for one in found),
         layer_replication=getattr(first, "layer_replication", None),

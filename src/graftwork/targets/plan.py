@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import TargetConfig
+from ..engine.adapter import Adapter, Shared
+from ..engine.host import Host
+from ..engine.module import part_key
+from ..engine.site import Conv1D, Embedding, Site, kind_of
 from ..errors import warn
-from ..targets.match import Match
-from ..targets.offer import Offer, Target
-from .adapter import Adapter, Shared
-from .host import Host
-from .module import part_key
-from .site import Conv1D, Embedding, Site, kind_of
+from .match import Match
+from .offer import Offer, Target
 
 Key = tuple[str, str]  # path, key of the part there
 BENEATH, MAIN, ABOVE = range(3)  # the levels of parts at one layer
