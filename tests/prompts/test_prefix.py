@@ -28,7 +28,7 @@ from graftwork import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )
-from graftwork.errors import MergeError, PeftWarning
+from graftwork.errors import POLICY, MergeError, PeftWarning
 from graftwork.prompts.attention import acting, install
 from graftwork.prompts.masks import View, kind_of
 from graftwork.prompts.own import OWN, place
@@ -416,6 +416,32 @@ class Tokenizer:
 
     def __call__(self, text: str, **kwargs: Any) -> dict[str, Tensor]:
         return {"input_ids": self.ids}
+
+
+class Refusing(Tokenizer):
+    """One whose template has no system message."""
+
+    chat_template = "some"
+
+    def apply_chat_template(self, messages: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("System role not supported")
+
+
+def test_a_template_without_a_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = inputs("llama")["input_ids"]
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, tokenizer = get_peft_model(FAMILIES["llama"].build(), config), Refusing(ids[:1])
+    before = table(model).whole().clone()
+    with pytest.raises(
+        ValueError, match=r"\(System role not supported\); give use_chat_template=F"
+    ):
+        initialize_kv_prefix_from_text(model, tokenizer, text="a text")
+    assert torch.equal(table(model).whole(), before)
+    rows = initialize_kv_prefix_from_text(model, tokenizer, text="a", use_chat_template=False)
+    monkeypatch.setattr(POLICY, "lenient", True)
+    with pytest.warns(PeftWarning, match="as in PEFT, the text is read without it"):
+        same = initialize_kv_prefix_from_text(model, tokenizer, text="a text")
+    assert torch.equal(same, rows)
 
 
 def test_the_keys_of_a_text_do_what_the_text_does() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import StateError
+from ..errors import POLICY, StateError, warn
 from .keys import Table
 
 
@@ -108,6 +108,10 @@ def initialize_kv_prefix_from_text(
         num_virtual_tokens: how many tokens; as many as the adapter has.
         use_chat_template: whether the text is a system message, where the tokenizer can say so.
         max_length: where the text is cut.
+
+    Raises:
+        ValueError: the adapter or the text does not fit, or the chat template takes no system
+            message.
     """
     _table(model, adapter_name)
     device = next(model.parameters()).device
@@ -122,16 +126,21 @@ def initialize_kv_prefix_from_text(
     )
 
 
-def _ids(tokenizer: Any, text: str, chat: bool) -> Tensor:
+def _ids(tokenizer: Any, content: str, chat: bool) -> Tensor:
     if chat and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "system", "content": text}]
+        messages = [{"role": "system", "content": content}]
         options = {"add_generation_prompt": False, "return_dict": False, "return_tensors": "pt"}
         try:
-            found: Tensor = tokenizer.apply_chat_template(messages, tokenize=True, **options)
-            return found
-        except (TypeError, ValueError):  # a template that has no system message
-            pass
-    plain: Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
+            return tokenizer.apply_chat_template(messages, tokenize=True, **options)  # type: ignore[no-any-return]
+        except Exception as error:  # whatever a template raises that has no system message
+            text = (
+                f"the tokenizer's chat template takes no system message alone ({error}); give "
+                "use_chat_template=False"
+            )
+            if not POLICY.lenient:
+                raise ValueError(text) from error
+            warn(f"{text}; as in PEFT, the text is read without it")
+    plain: Tensor = tokenizer(content, return_tensors="pt")["input_ids"]
     return plain
 
 
