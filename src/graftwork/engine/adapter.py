@@ -99,6 +99,7 @@ class Adapter(Part):
     drawn: tuple[str, ...] = ()  # buffers that follow from a seed, and are in no file of PEFT's
     reads = False  # what it derives follows from other adapters at its layer
     inside = False  # acts within a module, on all rows of a batch at once: see ``around``
+    relays: tuple[str, ...] = ()  # modules that a later part alone reads, so the last one's idle
     ready = False  # its values come from other files than its own
     replaces = False  # fold puts other values in place and computes nothing
     FORBIDS: dict[str, str] = {}  # capability -> why mathematics forbids it

@@ -79,7 +79,7 @@ class ShadowConfig(TargetConfig, method="SHADOW", peft="exclude layers save"):
 class Shadow(Adapter, config=ShadowConfig):
     """D (r, width) and U (width, r), zero at the start; T and G, each of two layers."""
 
-    beside = True
+    beside, relays = True, ("T", "G")
     FORBIDS = {"merge": "its correction depends on the input and on earlier blocks"}
 
     def __init__(self, config: ShadowConfig, path: str, shared: side.Side) -> None:
