@@ -32,21 +32,24 @@ import graftwork
 from graftwork.train.defaults import defaults
 from graftwork.train.demo import model_folder
 from graftwork.train.loop import Loop, Settings, Stop, run
-from graftwork.train.options import make
+from graftwork.train.options import filled, make
 from graftwork.train.prepare import prepare
 from graftwork.train.recipe import Recipe, build
 from graftwork.train.run import measured, train
 from graftwork.train.show import Silent
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+MODEL = SHARED / "models" / "stories260k"
 SST2 = {
     "task": "classification", "samples": 4000, "batch_size": 32, "max_length": 64, "epochs": 1,
 }  # fmt: skip
 TOKENS = {"num_virtual_tokens": 20}
 CLASSIFY: dict[str, dict[str, Any]] = {  # method -> options
-    "PROMPT_TUNING": TOKENS, "P_TUNING": TOKENS, "PREFIX_TUNING": TOKENS, "P_TUNING_V2": TOKENS,
-    "LORA": {},
+    "PROMPT_TUNING": TOKENS, "P_TUNING": TOKENS, "MULTITASK_PROMPT_TUNING": TOKENS,
+    "PREFIX_TUNING": TOKENS, "P_TUNING_V2": TOKENS, "LORA": {},
 }  # fmt: skip
+WRITE = ("PREFIX_TUNING", "P_TUNING_V2", "CARTRIDGE", "ADAPTION_PROMPT", "PROMPT_TUNING",
+         "P_TUNING", "MULTITASK_PROMPT_TUNING")  # fmt: skip
 BATCH, LENGTH, TEST = 16, 128, 400  # samples, tokens, held-out samples
 PEFTS = transformers.TrainingArguments(output_dir="unused").learning_rate
 
@@ -109,27 +112,28 @@ def e2e(seeds: int, steps: int) -> None:
     theirs = peft.PrefixTuningConfig(task_type="CAUSAL_LM", **TOKENS)
 
     def ours(name: str) -> Callable[[], Any]:
-        config = make(name, TOKENS, steps, task_type="CAUSAL_LM")
+        options = {**TOKENS, **filled(name, TOKENS, str(MODEL), ())}
+        config = make(name, options, steps, task_type="CAUSAL_LM")
         return lambda: graftwork.get_peft_model(base(), config)
 
     rows: list[tuple[str, Callable[[], Any], float]] = [
         ("PEFT, PREFIX_TUNING", lambda: peft.get_peft_model(base(), theirs), rate)
         for rate in (PEFTS, defaults("PREFIX_TUNING").language_rate)
     ]
-    for name in ("PREFIX_TUNING", "P_TUNING_V2"):
+    for name in WRITE:
         rows.append((f"graftwork, {name}", ours(name), defaults(name).language_rate))
     before, first = mean(losses(base())), None
     print(f"test loss of the base {before:.3f}; after {steps} steps of {BATCH}, {seeds} seeds:")
     for name, model, rate in rows:
         found = [taught(model, rate, steps, seed) for seed in range(seeds)]
         first = first or mean(found)
-        print(f"{name:<28}rate {rate:<8g}{mean(found):.3f} ({min(found):.3f} to {max(found):.3f}), "
+        print(f"{name:<36}rate {rate:<8g}{mean(found):.3f} ({min(found):.3f} to {max(found):.3f}), "
               f"{first - mean(found):+.3f} better than PEFT's defaults", flush=True)  # fmt: skip
 
 
 def base() -> Any:
     """stories260k."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(SHARED / "models" / "stories260k")
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
     model.config.use_cache = False
     return model
 
@@ -137,7 +141,7 @@ def base() -> Any:
 @cache
 def samples(file: str) -> list[dict[str, Tensor]]:
     """Batches of a file; the loss is that of the description behind what it describes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models" / "stories260k")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     with (SHARED / "data" / "e2e_nlg" / file).open(encoding="utf-8-sig") as lines:
         rows = list(csv.DictReader(lines))
     pairs = [(tokenizer(r["mr"])["input_ids"], tokenizer(r["ref"])["input_ids"]) for r in rows]
