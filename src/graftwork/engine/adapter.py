@@ -106,6 +106,9 @@ class Adapter(Part):
     scale: float | Tensor  # a factor of the update, where the method has one
     skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
     absent: bool = False  # it was left out of the last forward in training
+    sums = False  # it adds a low-rank product to the layer, and scales that: see ``terms``
+    scales = False  # it has ``gains``
+    native = False  # it computes in the layer's dtype, whatever that of its own tensors
     linear = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
@@ -115,6 +118,8 @@ class Adapter(Part):
         super().__init_subclass__(**kwargs)
         if config is not None:
             config.ADAPTER = cls
+        if "sums" not in cls.__dict__ and {"forward", "branch", "dropped"} & cls.__dict__.keys():
+            cls.sums = False
 
     def __init__(
         self, config: Any = None, site: Site | None = None, shared: Shared | None = None
@@ -211,6 +216,18 @@ class Adapter(Part):
         """A, B and what is added to the bias, where the update is B A whatever the weight is."""
         return None
 
+    def terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where it ``sums``: A (r, in), B (out, r) and what is added to the bias (out,)."""
+        raise NotImplementedError
+
+    def gains(self) -> Tensor:
+        """Where it ``scales``: by what (out,) the sum is multiplied before the bias is added."""
+        raise NotImplementedError
+
+    def rate(self) -> float | None:
+        """The dropout of the input that a forward has now; None: not that of ``nn.Dropout``."""
+        return 0.0
+
     def file_tensors(self) -> dict[str, Tensor]:
         tensors = super().file_tensors()
         if self.times != 1:
@@ -252,6 +269,11 @@ class Additive(Adapter):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         return layer(x) + self.branch(self.dropped(x), layer.site)
 
+    def rate(self) -> float | None:
+        if type(self.dropout) not in (nn.Dropout, nn.Identity):
+            return None
+        return getattr(self.dropout, "p", 0.0) if self.training else 0.0
+
     def delta_norm(self, w: Tensor) -> float:
         return float(self.delta().norm())
 
@@ -260,6 +282,7 @@ class LowRank(Additive):
     """delta = B A with A (..., r, in) and B (..., out, r): many methods are only ``factors``."""
 
     r: int
+    sums = True
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
@@ -270,6 +293,9 @@ class LowRank(Additive):
         return None
 
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        return *self.factors(), self.shift()
+
+    def terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return *self.factors(), self.shift()
 
     def delta(self) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, StateError
+from ..fast import choose
 from . import rows as mixed
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
@@ -302,7 +303,8 @@ class Beneath:
         if not self.parts:
             return cast(self.call(cast(x, self.base)), self.want)
         top = self.parts[-1]
-        want = None if self.base is None else top.dtype  # under autocast nobody casts but autocast
+        free = self.base is None or top.native  # under autocast nobody casts but autocast
+        want = None if free else top.dtype
         below = Beneath(self.host, self.parts[:-1], self.call, self.base, want)
         if top.skipped():
             return cast(below(x), self.want)
@@ -349,7 +351,9 @@ class LayerHost(Host):
         def call(x: Tensor) -> Tensor:
             return self.base(x, *rest, **kwargs)
 
-        return Beneath(self, self.parts(names), call, within, out)(x)
+        parts = self.parts(names)
+        fast = choose.run(self, parts, x, call) if parts else None
+        return Beneath(self, parts, call, within, out)(x) if fast is None else fast
 
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The untouched layer."""

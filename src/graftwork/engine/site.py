@@ -42,6 +42,7 @@ class Site:
     parameter = "weight"
     pointwise = True  # the output at a position depends on the input at that position only
     linear = True  # applying W + D is applying W and applying D
+    product = True  # it computes x W' + b
     lead: tuple[int, ...] = ()  # axes in front of (out, in)
     ones: tuple[int, ...] = ()  # a one for each axis of a kernel
 
@@ -114,6 +115,10 @@ class Site:
         """The second half of ``low_rank``."""
         return F.linear(h, b)
 
+    def usual(self, layer: nn.Module) -> bool:
+        """Whether the layer's own code is known to compute x W' + b and no more."""
+        return type(layer).forward is nn.Linear.forward
+
     def outputs(self, v: Tensor) -> Tensor:
         """A vector (out,) shaped to broadcast over the layer's output."""
         return v
@@ -168,11 +173,14 @@ class Conv1D(Site):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.mT
 
+    def usual(self, layer: nn.Module) -> bool:
+        return type(layer).forward.__qualname__ == "Conv1D.forward"
+
 
 class Conv(Site):
     """``nn.Conv1d/2d/3d``; W is the kernel flattened to (out, in / groups * prod(kernel))."""
 
-    pointwise = False
+    pointwise = product = False
 
     @property
     def ones(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -228,7 +236,7 @@ class Conv(Site):
 class Embedding(Site):
     """``nn.Embedding``; W is ``weight.T``. A model's own ``embed_scale`` multiplies the output."""
 
-    pointwise = False
+    pointwise = product = False
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -274,7 +282,7 @@ class Embedding(Site):
 class ParameterSite(Site):
     """One parameter of any module, read by the module's own code: folded, never called."""
 
-    pointwise = False
+    pointwise = product = False
 
     def __init__(self, host: Host | Standing, parameter: str) -> None:
         self.parameter = parameter

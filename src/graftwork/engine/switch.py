@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StateError, did_you_mean
+from ..fast import choose
 from .rows import tensors_in
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())
+        self.time, self.learned = 0, False  # see fast/choose.py
 
     def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Choose the active adapters, the lowest first, and whether they run at all."""
@@ -106,10 +108,10 @@ class Switch:
 
     def remember(self, outputs: Any) -> None:
         """Tie the present choice to ``outputs``: a forward may be repeated in their backward."""
-        call = self.current()
+        call, time = self.current(), choose.settle(self)
 
         def replay(_: Any) -> None:
-            _CALLS.replay = call
+            _CALLS.replay, choose.STATE.time = call, time
             torch.autograd.Variable._execution_engine.queue_callback(_forget)
 
         for tensor in tensors_in(outputs):
@@ -119,3 +121,4 @@ class Switch:
 
 def _forget() -> None:
     _CALLS.replay = None
+    choose.STATE.time = None

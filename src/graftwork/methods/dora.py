@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Adapter, Beneath, Site
+from ..fast import row_norms
 from .lora import LoRA
 from .lora_config import LoraConfig
 
 
 class DoRA(LoRA):
     """LoRA whose rows are rescaled to learned norms m (out,)."""
+
+    sums = scales = True
 
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -25,14 +28,16 @@ class DoRA(LoRA):
         self.m.copy_(self.norm(site.weight.to(self.m.dtype)).reshape(self.m.shape))
 
     def norm(self, w: Tensor) -> Tensor:
-        """||W + s B A|| by rows, (..., out)."""
-        norm: Tensor = torch.linalg.vector_norm(w + self.delta(), dim=-1)
-        return norm
+        """||W + s B A|| by rows, (..., out), without a gradient: section 4.3."""
+        return row_norms(w, *self.factors())
 
     def gain(self, w: Tensor) -> Tensor:
         """m / ||W + s B A||, (..., out)."""
-        norm = self.norm(w).detach()  # section 4.3: no gradient through the norm
+        norm = self.norm(w)
         return self.m.reshape(norm.shape) / norm
+
+    def gains(self) -> Tensor:
+        return self.gain(self.site.weight)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.gain(w)[..., None] * (w + self.delta()), b

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig, pattern_matches
 from ..engine import Adapter, Beneath, Site
+from ..fast import scaled
 from ..targets.defaults import IA3_FEEDFORWARD
 
 
@@ -48,6 +49,7 @@ class IA3(Adapter, config=IA3Config):
     """One gain per output channel, or per input channel."""
 
     keys = {"l": "ia3_l"}
+    native = True
 
     def __init__(self, config: IA3Config, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -71,7 +73,8 @@ class IA3(Adapter, config=IA3Config):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         gains = self.l.flatten()
         if not self.feedforward:
-            return layer(x) * layer.site.outputs(gains)
+            y = layer(x)
+            return scaled(y, layer.site.outputs(gains))
         if not x.is_floating_point():  # ids of an embedding
             return super().forward(x, layer)
-        return layer(x * layer.site.inputs(gains))
+        return layer(scaled(x, layer.site.inputs(gains)))

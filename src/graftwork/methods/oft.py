@@ -70,6 +70,7 @@ class OFT(Rotation, config=OFTConfig):
     """v (blocks, k (k - 1) / 2) is the upper triangle of each Q; 0 at the start."""
 
     keys = {"v": "oft_R.weight"}
+    native = True
 
     def __init__(self, config: OFTConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

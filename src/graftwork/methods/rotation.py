@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Adapter, Beneath, Embedding, Site
+from ..fast import blocks
 
 
 class Rotation(Adapter):
@@ -38,8 +39,7 @@ class Rotation(Adapter):
 
 def times_blocks(x: Tensor, r: Tensor) -> Tensor:
     """x times a block diagonal matrix: x (..., blocks k), r (blocks, k, k)."""
-    k = r.shape[-1]
-    return torch.einsum("...nk,nkc->...nc", torch.unflatten(x, -1, (-1, k)), r).flatten(-2)
+    return blocks(x, r.to(x.dtype))
 
 
 def cayley(q: Tensor) -> Tensor:

@@ -1,0 +1,291 @@
+"""Which path a layer's forward takes: the fast one where it computes the same, or the plain one.
+
+It knows of methods only what they say of themselves in ``Adapter.terms``. Layers that read the same
+input one after another are found by watching which tensor each is given; what was learned in one
+forward of the model holds from the next one on, and a forward that gradient checkpointing repeats
+knows what it knew the first time.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bits import Mask
+from .linear import Follower, Leader, Shrink, expanded, flat, join, product
+from .scale import Scaled
+from .watch import PLAIN, watched
+
+if TYPE_CHECKING:
+    from ..engine.adapter import Adapter
+    from ..engine.host import LayerHost
+    from ..engine.switch import Call
+
+
+@dataclass
+class Pending:
+    """What a leader has computed for the layers that read the same input next."""
+
+    call: Call
+    x: Tensor  # the input as the layers are given it
+    version: int
+    alias: Tensor  # and as the next of them has to take it
+    mask: Mask | None
+    share: bool
+    rest: list[tuple[LayerHost, Update, Tensor]]  # what is left: the layer, its factors, x A'
+
+
+@dataclass
+class Update:
+    """B A of all adapters at a layer, and what they add to the bias."""
+
+    a: tuple[Tensor, ...]
+    b: Tensor
+    shift: Tensor | None
+    gain: Tensor | None  # what the layer and B A are scaled by
+    rate: float  # of dropout
+
+    @property
+    def scales(self) -> bool:
+        """Whether the bias is added after the gain."""
+        return self.gain is not None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.pending: Pending | None = None
+        self.last: tuple[weakref.ref[Tensor], weakref.ref[LayerHost]] | None = None
+        self.time: int | None = None  # that of the forward that is being repeated, in a backward
+
+
+STATE = _Thread()
+# leader -> the layers that follow it, since which forward of the model
+FOLLOWERS: weakref.WeakKeyDictionary[LayerHost, dict[int, tuple[weakref.ref[LayerHost], ...]]]
+FOLLOWERS = weakref.WeakKeyDictionary()
+
+
+def reason(host: LayerHost, parts: Sequence[Adapter]) -> str:
+    """Why a layer with these adapters has to take the plain path; empty where it has not."""
+    if not host.site.product:
+        return f"a {type(host.base_layer).__name__} is no linear layer"
+    out, in_ = host.site.shape
+    rank = 0
+    for part in parts:
+        if not part.sums:
+            return f"{type(part).__name__} is more than the layer plus a low-rank product"
+        if part.scales and len(parts) > 1:
+            return f"{type(part).__name__} scales other adapters too"
+        if part.rate() is None or part.rate() != parts[0].rate():
+            return "its dropout is not one rate for the whole input"
+        rank += part.rank() or 0
+    return "a dense update is cheaper at this rank" if rank * (out + in_) >= out * in_ else ""
+
+
+def own_product(host: LayerHost) -> str:
+    """Why the layer has to compute its own product by itself; empty where it need not."""
+    layer, weight = host.base_layer, host.pristine("weight")
+    if type(weight) not in PLAIN or not weight.is_floating_point():
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
+    if not host.site.usual(layer):
+        return f"a {type(layer).__name__} has a forward of its own"
+    if weight.requires_grad:
+        return "its weight is trained"
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return "it has hooks" if hooks or layer._backward_pre_hooks else ""
+
+
+def run(
+    host: LayerHost, parts: Sequence[Adapter], x: Tensor, base: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """The layer's output with these adapters; None where the plain path has to be taken.
+
+    Args:
+        host: where the layer stood.
+        parts: the adapters, all to be added.
+        x: the input, (..., in).
+        base: the layer's own forward.
+    """
+    if watched(x) or not x.is_floating_point() or reason(host, parts):
+        return None
+    if any(part.skip and part.training for part in parts):
+        return None
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return _run(host, parts, x, x, base)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return _run(host, parts, x, x.to(dtype), base)
+
+
+@dataclass
+class Own:
+    """How a layer computes its own product.
+
+    Args:
+        w: the weight (out, in); None where only its own code can do it.
+        bias: (out,).
+        call: its own code.
+    """
+
+    w: Tensor | None
+    bias: Tensor | None
+    call: Callable[[Tensor], Tensor]
+
+
+def _run(
+    host: LayerHost,
+    parts: Sequence[Adapter],
+    given: Tensor,
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    own = Own(None, None, base)
+    if not own_product(host):
+        own = Own(host.site.weight, host.site.bias, base)
+        if own.w is not None and own.w.dtype != x.dtype and given is x:
+            return None  # torch will say so
+    elif parts[0].scales:
+        return None
+    if torch.is_grad_enabled():
+        pending, call = STATE.pending, host.switch.current()
+        if pending is not None and pending.x is given and pending.call is call:
+            for i, (one, update, s) in enumerate(pending.rest):
+                if one is host and pending.version == given._version:
+                    del pending.rest[i]
+                    y = _follow(pending, update, s, own)
+                    STATE.pending = pending if pending.rest else None
+                    return y
+        if given.requires_grad or any(p.requires_grad for one in parts for p in one.parameters()):
+            return _lead(host, parts, given, x, own)
+    update = combined(parts)
+    if own.w is not None and not update.rate:
+        bias = None if update.scales else own.bias
+        y = product(x, own.w, bias, join(update.a, x.dtype), update.b)
+        return finished(y, update, own)
+    mask = Mask.draw(update.rate, flat(x)) if update.rate else None
+    s = Shrink.apply(mask, x, join(update.a, x.dtype))  # type: ignore[no-untyped-call]
+    return _onto(x, s, update, own, mask)
+
+
+def combined(parts: Sequence[Adapter]) -> Update:
+    """The updates of all adapters as one."""
+    first, second, shift = parts[0].terms()
+    rate = parts[0].rate() or 0.0
+    if len(parts) == 1:
+        return Update((first,), second, shift, parts[0].gains() if parts[0].scales else None, rate)
+    terms = [part.terms() for part in parts]
+    shifts = [one[2] for one in terms if one[2] is not None]
+    total = torch.stack(shifts).sum(0) if shifts else None
+    return Update(
+        tuple(t[0] for t in terms), torch.cat([t[1] for t in terms], 1), total, None, rate
+    )
+
+
+def finished(y: Tensor, update: Update, own: Own) -> Tensor:
+    """An output with what is added to the bias, or scaled."""
+    if update.gain is not None:
+        y = Scaled.apply(y, update.gain, own.bias)  # type: ignore[no-untyped-call]
+    return y if update.shift is None else y + update.shift.to(y.dtype)
+
+
+def _lead(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, own: Own) -> Tensor:
+    update, call = combined(parts), host.switch.current()
+    others = [] if call.rows is not None else list(_followers(host, update, given, call))
+    _learn(host, given)
+    mask = Mask.draw(update.rate, flat(x)) if update.rate else None
+    every = [update, *(theirs for _, theirs in others)]
+    a = [one.a[0] if len(one.a) == 1 else join(one.a, x.dtype) for one in every]
+    share, alias = given.requires_grad and own.w is not None, x
+    if own.w is None:
+        found = Shrink.apply(mask, x, *a)  # type: ignore[no-untyped-call]
+        s, *more = found if others else (found,)
+        y = _onto(x, s, update, own, mask)
+    else:
+        bias = None if update.scales else own.bias
+        found = Leader.apply(  # type: ignore[no-untyped-call]
+            mask, share, x, own.w, bias, update.b, *a
+        )
+        y, again, *more = found if others else (found, None)
+        alias = x if again is None else again
+        y = finished(y, update, own)
+    if others:
+        rest = [(one, theirs, s) for (one, theirs), s in zip(others, more, strict=True)]
+        STATE.pending = Pending(call, given, given._version, alias, mask, share, rest)
+    return y
+
+
+def _onto(x: Tensor, s: Tensor, update: Update, own: Own, mask: Mask | None) -> Tensor:
+    """The layer's own output, however it computes it, plus s B'."""
+    if own.w is not None:
+        bias = None if update.scales else own.bias
+        y = Follower.apply(  # type: ignore[no-untyped-call]
+            mask, False, x, s, own.w, bias, update.b
+        )
+    else:
+        y = own.call(x).to(x.dtype)
+        y = torch.addmm(flat(y), s, expanded(update.b, mask, x.dtype)).view(y.shape)
+    return finished(y, update, own)
+
+
+def _follow(pending: Pending, update: Update, s: Tensor, own: Own) -> Tensor:
+    if not (pending.share and own.w is not None and pending.rest):
+        return _onto(pending.alias, s, update, own, pending.mask)
+    bias = None if update.scales else own.bias
+    y, pending.alias = Follower.apply(  # type: ignore[no-untyped-call]
+        pending.mask, True, pending.alias, s, own.w, bias, update.b
+    )
+    return finished(y, update, own)
+
+
+def _followers(
+    host: LayerHost, update: Update, given: Tensor, call: Call
+) -> Iterator[tuple[LayerHost, Update]]:
+    """The layers that will read this input next, and their updates."""
+    known = FOLLOWERS.get(host)
+    if not known:
+        return
+    now = host.switch.time if STATE.time is None else STATE.time
+    since = max((time for time in known if time <= now), default=None)
+    for one in [] if since is None else known[since]:
+        other = one()
+        if other is None or other.switch is not host.switch:
+            continue
+        names = other.present(call.active)
+        parts = other.parts(names)
+        if not parts or names == other.merged_adapters or reason(other, parts):
+            continue
+        if any(p.skip and p.training for p in parts) or parts[0].rate() != update.rate:
+            continue
+        if other.site.shape[1] == given.shape[-1]:
+            yield other, combined(parts)
+
+
+def _learn(host: LayerHost, given: Tensor) -> None:
+    """Note that a layer has read an input, and whether the one before had the same."""
+    if STATE.time is not None:
+        return
+    last, switch = STATE.last, host.switch
+    leader = None if last is None else last[1]()
+    if last is None or last[0]() is not given or leader is None or leader.switch is not switch:
+        STATE.last = weakref.ref(given), weakref.ref(host)
+        return
+    known = FOLLOWERS.setdefault(leader, {})
+    before = known[max(known)] if known else ()
+    if leader is not host and all(one() is not host for one in before):
+        known[switch.time + 1] = (*before, weakref.ref(host))
+        switch.learned = True
+
+
+def settle(switch: Any) -> int:
+    """End a forward of a model: its time, and from now on what it has learned is used."""
+    time: int = switch.time
+    if switch.learned:
+        switch.time, switch.learned = time + 1, False
+    STATE.pending = STATE.last = None
+    return time
