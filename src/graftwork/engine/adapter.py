@@ -216,8 +216,8 @@ class Adapter(Part):
         """A, B and what is added to the bias, where the update is B A whatever the weight is."""
         return None
 
-    def terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Where it ``sums``: A (r, in), B (out, r) and what is added to the bias (out,)."""
+    def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        """Where it ``sums`` k B A: A (r, in), B (out, r), k, and what the bias gets (out,)."""
         raise NotImplementedError
 
     def gains(self) -> Tensor:
@@ -295,8 +295,8 @@ class LowRank(Additive):
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return *self.factors(), self.shift()
 
-    def terms(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *self.factors(), self.shift()
+    def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        return *self.factors(), 1.0, self.shift()
 
     def delta(self) -> Tensor:
         a, b = self.factors()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .bits import Mask
-from .linear import Follower, Leader, Shrink, expanded, flat, join, product
+from .linear import Follower, Leader, Shrink, flat, join, product
 from .scale import Scaled
 from .watch import PLAIN, watched
 
@@ -47,6 +47,7 @@ class Update:
 
     a: tuple[Tensor, ...]
     b: Tensor
+    k: float  # by what B A is to be multiplied, for dropout too
     shift: Tensor | None
     gain: Tensor | None  # what the layer and B A are scaled by
     rate: float  # of dropout
@@ -166,25 +167,26 @@ def _run(
     update = combined(parts)
     if own.w is not None and not update.rate:
         bias = None if update.scales else own.bias
-        y = product(x, own.w, bias, join(update.a, x.dtype), update.b)
+        y = product(x, own.w, bias, join(update.a, x.dtype), update.b, update.k)
         return finished(y, update, own)
     mask = Mask.draw(update.rate, flat(x)) if update.rate else None
     s = Shrink.apply(mask, x, join(update.a, x.dtype))  # type: ignore[no-untyped-call]
-    return _onto(x, s, update, own, mask)
+    return _onto(x, s, update, own)
 
 
 def combined(parts: Sequence[Adapter]) -> Update:
     """The updates of all adapters as one."""
-    first, second, shift = parts[0].terms()
     rate = parts[0].rate() or 0.0
+    up = 1 / (1 - rate) if rate < 1 else 0.0
     if len(parts) == 1:
-        return Update((first,), second, shift, parts[0].gains() if parts[0].scales else None, rate)
+        part = parts[0]
+        a, b, k, shift = part.terms()
+        return Update((a,), b, k * up, shift, part.gains() if part.scales else None, rate)
     terms = [part.terms() for part in parts]
-    shifts = [one[2] for one in terms if one[2] is not None]
+    b = torch.cat([one[2] * one[1] for one in terms], 1)
+    shifts = [one[3] for one in terms if one[3] is not None]
     total = torch.stack(shifts).sum(0) if shifts else None
-    return Update(
-        tuple(t[0] for t in terms), torch.cat([t[1] for t in terms], 1), total, None, rate
-    )
+    return Update(tuple(one[0] for one in terms), b, up, total, None, rate)
 
 
 def finished(y: Tensor, update: Update, own: Own) -> Tensor:
@@ -205,11 +207,11 @@ def _lead(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, o
     if own.w is None:
         found = Shrink.apply(mask, x, *a)  # type: ignore[no-untyped-call]
         s, *more = found if others else (found,)
-        y = _onto(x, s, update, own, mask)
+        y = _onto(x, s, update, own)
     else:
         bias = None if update.scales else own.bias
         found = Leader.apply(  # type: ignore[no-untyped-call]
-            mask, share, x, own.w, bias, update.b, *a
+            mask, share, update.k, x, own.w, bias, update.b, *a
         )
         y, again, *more = found if others else (found, None)
         alias = x if again is None else again
@@ -220,25 +222,25 @@ def _lead(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, o
     return y
 
 
-def _onto(x: Tensor, s: Tensor, update: Update, own: Own, mask: Mask | None) -> Tensor:
+def _onto(x: Tensor, s: Tensor, update: Update, own: Own) -> Tensor:
     """The layer's own output, however it computes it, plus s B'."""
     if own.w is not None:
         bias = None if update.scales else own.bias
         y = Follower.apply(  # type: ignore[no-untyped-call]
-            mask, False, x, s, own.w, bias, update.b
+            False, update.k, x, s, own.w, bias, update.b
         )
     else:
         y = own.call(x).to(x.dtype)
-        y = torch.addmm(flat(y), s, expanded(update.b, mask, x.dtype)).view(y.shape)
+        y = torch.addmm(flat(y), s, update.b.to(x.dtype).t(), alpha=update.k).view(y.shape)
     return finished(y, update, own)
 
 
 def _follow(pending: Pending, update: Update, s: Tensor, own: Own) -> Tensor:
     if not (pending.share and own.w is not None and pending.rest):
-        return _onto(pending.alias, s, update, own, pending.mask)
+        return _onto(pending.alias, s, update, own)
     bias = None if update.scales else own.bias
     y, pending.alias = Follower.apply(  # type: ignore[no-untyped-call]
-        pending.mask, True, pending.alias, s, own.w, bias, update.b
+        True, update.k, pending.alias, s, own.w, bias, update.b
     )
     return finished(y, update, own)
 

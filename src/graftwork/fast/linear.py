@@ -1,4 +1,4 @@
-"""A linear layer with low-rank updates: y = x W' + b + (D x) A' B', as one node of the graph.
+"""A linear layer with low-rank updates: y = x W' + b + k (D x) A' B', as one node of the graph.
 
 The low-rank product is written first and the layer's own is accumulated onto it, in the same pass
 as it is computed; the gradient of the input likewise. D, dropout, is a window of ``bits``. Layers
@@ -8,7 +8,8 @@ on the way back: a follower takes the leader's input as its own output, so that 
 one after another.
 
 Kept for the backward pass: x, once for all that share it, and x A'. Where x is a product whose
-factors autograd keeps anyhow, as in a gated MLP, it is multiplied again instead.
+factors autograd keeps anyhow, as in a gated MLP, it is multiplied again instead. A and B may be in
+another dtype than the activations, as their master copies are; their gradients come in theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def flat(x: Tensor) -> Tensor:
 def sources(x: Tensor) -> tuple[Tensor, ...]:
     """What to keep of x: itself, or the two tensors that it is the product of."""
     node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0" or x.numel() < 1024:
+    if node is None or node.name() != "MulBackward0":
         return (x,)
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return (x,)  # a hook may compute anew what it is asked for
@@ -40,102 +41,40 @@ def sources(x: Tensor) -> tuple[Tensor, ...]:
     return p, q
 
 
-def start(s: Tensor, bt: Tensor, bias: Tensor | None) -> Tensor:
-    """s (rows, r) times B' (r, out), plus a bias (out,)."""
-    return torch.mm(s, bt) if bias is None else torch.addmm(bias, s, bt)
-
-
-def expanded(b: Tensor, mask: Mask | None, dtype: torch.dtype) -> Tensor:
-    """B' (r, out), contiguous, in the dtype of the activations; what is kept is scaled up here."""
-    bt = b.t().to(dtype).contiguous()
-    return bt if mask is None else bt * (1 / (1 - mask.p))
-
-
-def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Factors (r, in) of several layers in one, in the dtype of the activations."""
-    return a[0].to(dtype) if len(a) == 1 else torch.cat([one.to(dtype) for one in a])
-
-
-class Leader(torch.autograd.Function):
-    """The first layer, or the only one, that reads an input."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mask: Mask | None,
-        share: bool,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        b: Tensor,
-        *a: Tensor,
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.mask, ctx.ranks = mask, [len(one) for one in a]
-        x2, w2 = flat(x), w.to(x.dtype)
-        all_a, bt = join(a, x.dtype), expanded(b, mask, x.dtype)
-        s = (x2 if mask is None else mask.times(x2)) @ all_a.t()
-        own, *others = s.split_with_sizes(ctx.ranks, 1)
-        y = start(own, bt, None if bias is None else bias.to(x.dtype)).addmm_(x2, w2.t())
-        keep = any(ctx.needs_input_grad[6:]) or ctx.needs_input_grad[5]
-        kept = sources(x) if keep else ()
-        ctx.factors = len(kept)
-        ctx.save_for_backward(own, w, b, *a, *kept)
-        y = y.view(*x.shape[:-1], -1)
-        if len(a) == 1:
-            return y
-        return y, x.view_as(x) if share else None, *others
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None, *gs: Tensor | None) -> Any:
-        s, w, b, *a = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _again(ctx, gy, gx, gs)
-        kept, a = a[len(ctx.ranks) :], a[: len(ctx.ranks)]
-        like = next(g for g in (gy, gx, *gs) if g is not None)
-        dtype, mask = like.dtype, ctx.mask
-        need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[2:]
-        all_a = join(a, dtype)
-        n = like.numel() // like.shape[-1]
-        db = dbias = own = g2 = None
-        if gy is not None:
-            g2, bt = flat(gy), expanded(b, mask, dtype)
-            own = g2 @ bt.t()
-            db = down(s, g2, mask).to(b.dtype) if need_b else None
-            dbias = g2.sum(0) if need_bias else None
-        parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
-        ds = gathered(parts, ctx.ranks, n, all_a)
-        da: Sequence[Tensor | None] = [None] * len(a)
-        if any(need_a):
-            every = ds.t() @ dropped(kept, mask)
-            da = [d.to(one.dtype) for d, one in zip(every.split_with_sizes(ctx.ranks), a, strict=True)]
-        dx = None
-        if need_x:
-            dx = into(None if gx is None else flat(gx), ds, all_a, mask)
-            if g2 is not None:
-                dx.addmm_(g2, w.to(dtype))
-            dx = dx.view(*like.shape[:-1], -1)
-        return None, None, dx, None, dbias, db, *da
-
-
 def dropped(kept: Sequence[Tensor], mask: Mask | None) -> Tensor:
     """The input (rows, in) of the low-rank product, from what was kept of it."""
     x2 = flat(kept[0] if len(kept) == 1 else kept[0] * kept[1])
     return x2 if mask is None else mask.times(x2)
 
 
-def down(s: Tensor, g: Tensor, mask: Mask | None) -> Tensor:
-    """The gradient of B (out, r): g' s, in the layout that reads g (rows, out) as it lies."""
+def start(s: Tensor, bt: Tensor, bias: Tensor | None) -> Tensor:
+    """s (rows, r) times B' (r, out), plus a bias (out,)."""
+    return torch.mm(s, bt) if bias is None else torch.addmm(bias.to(s.dtype), s, bt)
+
+
+def expanded(b: Tensor, k: float, dtype: torch.dtype) -> Tensor:
+    """k B' (r, out) of B (out, r), contiguous, in the dtype of the activations."""
+    return torch.mul(b.t(), k, out=b.new_empty(b.shape[::-1], dtype=dtype))
+
+
+def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Factors (r, in) of several layers in one, in the dtype of the activations."""
+    if len(a) == 1:
+        return a[0].to(dtype)
+    rows = sum(len(one) for one in a)
+    return torch.cat(tuple(a), out=a[0].new_empty(rows, a[0].shape[1], dtype=dtype))
+
+
+def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, like: Sequence[Tensor]) -> Any:
+    """The gradients of the factors A (r, in), from those of x A'."""
+    every = (ds.t() @ dropped(kept, mask)).to(like[0].dtype)
+    return every.split_with_sizes([len(a) for a in like]) if len(like) > 1 else (every,)
+
+
+def upper(s: Tensor, g: Tensor, k: float, b: Tensor) -> Tensor:
+    """The gradient k g' s of B (out, r), in the layout that reads g (rows, out) as it lies."""
     db = s.t() @ g
-    return (db if mask is None else db.mul_(1 / (1 - mask.p))).t()
-
-
-def gathered(parts: Sequence[Tensor | None], ranks: list[int], n: int, like: Tensor) -> Tensor:
-    """The gradients of x A' of all layers, (n, all ranks); a layer that was not used has zeros."""
-    found = [
-        like.new_zeros(n, r) if part is None else part for part, r in zip(parts, ranks, strict=True)
-    ]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    return torch.mul(db.t(), k, out=torch.empty_like(b))
 
 
 def into(dx: Tensor | None, ds: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
@@ -146,45 +85,115 @@ def into(dx: Tensor | None, ds: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
     return dx.addmm_(ds, a) if mask is None else mask.add_(dx, ds @ a)
 
 
-def _again(ctx: Any, gy: Any, gx: Any, gs: Any) -> Any:
-    """The backward pass in plain operations, for a gradient of the gradient."""
-    _, w, b, *a = ctx.saved_tensors
-    kept, a = a[len(ctx.ranks) :], a[: len(ctx.ranks)]
-    mask, like = ctx.mask, next(g for g in (gy, gx, *gs) if g is not None)
-    need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[2:]
-    dtype, n = like.dtype, like.numel() // like.shape[-1]
-    all_a = join(a, dtype)
-    scale = 1.0 if mask is None else 1 / (1 - mask.p)
-    own = db = dbias = None
-    da: list[Tensor | None] = [None] * len(a)
-    x2 = dropped(kept, mask) if kept else all_a  # which is not read then
-    if gy is not None:
-        g2 = flat(gy)
-        own = scale * (g2 @ b.to(dtype))
-        db = (scale * (g2.t() @ (x2 @ a[0].to(dtype).t()))).to(b.dtype) if need_b else None
-        dbias = g2.sum(0) if need_bias else None
-    ds = gathered([own, *gs, *[None] * (len(a) - 1 - len(gs))], ctx.ranks, n, all_a)
-    if any(need_a):
-        every = (ds.t() @ x2).split_with_sizes(ctx.ranks)
-        da = [d.to(one.dtype) for d, one in zip(every, a, strict=True)]
-    dx = None
-    if need_x:
-        low = ds @ all_a
-        dx = low if mask is None else mask.times(low)
-        dx = dx if gy is None else dx + flat(gy) @ w.to(dtype)
-        dx = dx.view(*like.shape[:-1], -1)
-        dx = dx if gx is None else dx + gx
-    return None, None, dx, None, dbias, db, *da
+def gathered(parts: Sequence[Tensor | None], ranks: list[int], n: int, like: Tensor) -> Tensor:
+    """The gradients of x A' of all layers, (n, all ranks); a layer that was not used has zeros."""
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    filled = [
+        like.new_zeros(n, r) if part is None else part for part, r in zip(parts, ranks, strict=True)
+    ]
+    return torch.cat(filled, 1)
 
 
-class Follower(torch.autograd.Function):
-    """A layer that reads the input of a leader: gives its output, and that input for the next."""
+class Leader(torch.autograd.Function):
+    """The first layer, or the only one, that reads an input.
+
+    ``apply(mask, share, k, x, w, bias, b, *a)``: ``share``, whether the next layers take the input
+    from this one; ``a``, the factors A (r, in) of all of them. It gives y, and where there are
+    several A, the input and x A' for the others.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         mask: Mask | None,
         share: bool,
+        k: float,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        b: Tensor,
+        *a: Tensor,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.mask, ctx.k, ctx.ranks = mask, k, [len(one) for one in a]
+        dtype = x.dtype
+        x2, w2, all_a, bt = flat(x), w.to(dtype), join(a, dtype), expanded(b, k, dtype)
+        s = (x2 if mask is None else mask.times(x2)) @ all_a.t()
+        own, *others = s.split_with_sizes(ctx.ranks, 1) if len(a) > 1 else (s,)
+        y = start(own, bt, bias).addmm_(x2, w2.t()).view(*x.shape[:-1], -1)
+        kept = sources(x) if any(ctx.needs_input_grad[6:]) else ()
+        ctx.save_for_backward(own, w, b, all_a, bt, *a, *kept)
+        if len(a) == 1:
+            return y
+        return y, x.view_as(x) if share else None, *others
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None, *gs: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            return _again(ctx, gy, gx, gs)
+        s, w, b, all_a, bt, *rest = ctx.saved_tensors
+        a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
+        need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
+        like = next(g for g in (gy, gx, *gs) if g is not None)
+        db = dbias = own = g2 = dx = None
+        if gy is not None:
+            g2 = flat(gy)
+            own = g2 @ bt.t()
+            db = upper(s, g2, ctx.k, b) if need_b else None
+            dbias = g2.sum(0) if need_bias else None
+        parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
+        ds = gathered(parts, ctx.ranks, len(s), all_a)
+        da = lower(kept, ctx.mask, ds, a) if any(need_a) else (None,) * len(a)
+        if need_x:
+            dx = into(None if gx is None else flat(gx), ds, all_a, ctx.mask)
+            if g2 is not None:
+                dx.addmm_(g2, w.to(dx.dtype))
+            dx = dx.view(*like.shape[:-1], -1)
+        return None, None, None, dx, None, dbias, db, *da
+
+
+def _again(ctx: Any, gy: Any, gx: Any, gs: Any) -> Any:
+    """A leader's backward pass in plain operations, for a gradient of the gradient."""
+    s, w, b, _, _, *rest = ctx.saved_tensors
+    a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
+    like = next(g for g in (gy, gx, *gs) if g is not None)
+    need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
+    dtype, mask = like.dtype, ctx.mask
+    x2 = dropped(kept, mask) if kept else s
+    own = db = dbias = dx = None
+    if gy is not None:
+        g2 = flat(gy)
+        own = ctx.k * (g2 @ b.to(dtype))
+        db = (ctx.k * (g2.t() @ (x2 @ a[0].to(dtype).t()))).to(b.dtype) if need_b else None
+        dbias = g2.sum(0) if need_bias else None
+    all_a = torch.cat([one.to(dtype) for one in a])
+    parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
+    ds = gathered(parts, ctx.ranks, len(s), all_a)
+    da: list[Tensor | None] = [None] * len(a)
+    if any(need_a):
+        every = (ds.t() @ x2).split_with_sizes(ctx.ranks)
+        da = [d.to(one.dtype) for d, one in zip(every, a, strict=True)]
+    if need_x:
+        low = ds @ all_a
+        dx = low if mask is None else mask.times(low)
+        dx = dx if gy is None else dx + flat(gy) @ w.to(dtype)
+        dx = dx.view(*like.shape[:-1], -1)
+        dx = dx if gx is None else dx + gx
+    return None, None, None, dx, None, dbias, db, *da
+
+
+class Follower(torch.autograd.Function):
+    """A layer whose x A' is known: ``apply(share, k, x, s, w, bias, b)``.
+
+    It gives y, and where it is to ``share``, the input for the next layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        share: bool,
+        k: float,
         x: Tensor,
         s: Tensor,
         w: Tensor,
@@ -192,70 +201,62 @@ class Follower(torch.autograd.Function):
         b: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.mask = mask
-        x2, bt = flat(x), expanded(b, mask, x.dtype)
-        y = start(s, bt, None if bias is None else bias.to(x.dtype))
-        y.addmm_(x2, w.to(x.dtype).t())
-        ctx.save_for_backward(s, w, b)
-        y = y.view(*x.shape[:-1], -1)
+        ctx.k, bt = k, expanded(b, k, x.dtype)
+        y = start(s, bt, bias).addmm_(flat(x), w.to(x.dtype).t()).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(s, w, b, bt)
         return (y, x.view_as(x)) if share else y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None) -> Any:
-        s, w, b = ctx.saved_tensors
+        s, w, b, bt = ctx.saved_tensors
         _, _, need_x, need_s, _, need_bias, need_b = ctx.needs_input_grad
         if gy is None:
             return None, None, gx, None, None, None, None
-        g2, mask, twice = flat(gy), ctx.mask, torch.is_grad_enabled()
+        g2, w2 = flat(gy), w.to(gy.dtype)
         ds = db = dx = None
-        if twice:
-            scale = 1.0 if mask is None else 1 / (1 - mask.p)
-            ds = scale * (g2 @ b.to(gy.dtype))
-            db = (scale * (g2.t() @ s)).to(b.dtype)
-            dx = flat(gy) @ w.to(gy.dtype) if need_x else None
+        if torch.is_grad_enabled():  # for a gradient of the gradient
+            ds = ctx.k * (g2 @ b.to(gy.dtype))
+            db = (ctx.k * (g2.t() @ s)).to(b.dtype)
+            dx = g2 @ w2 if need_x else None
             dx = dx if dx is None or gx is None else dx + flat(gx)
         else:
-            ds = g2 @ expanded(b, mask, gy.dtype).t() if need_s else None
-            db = down(s, g2, mask).to(b.dtype) if need_b else None
+            ds = g2 @ bt.t() if need_s else None
+            db = upper(s, g2, ctx.k, b) if need_b else None
             if need_x:
-                w2 = w.to(gy.dtype)
                 dx = g2 @ w2 if gx is None else flat(gx).addmm_(g2, w2)
         dx = None if dx is None else dx.view(*gy.shape[:-1], -1)
         return None, None, dx, ds, None, g2.sum(0) if need_bias else None, db
 
 
 class Shrink(torch.autograd.Function):
-    """x A' for layers that compute their own product by themselves, such as quantised ones."""
+    """x A' for layers that compute their own product by themselves, such as quantised ones:
+    ``apply(mask, x, *a)``."""
 
     @staticmethod
     def forward(ctx: Any, mask: Mask | None, x: Tensor, *a: Tensor) -> Any:
         ctx.mask, ctx.ranks, ctx.shape = mask, [len(one) for one in a], x.shape
-        x2 = flat(x)
-        s = (x2 if mask is None else mask.times(x2)) @ join(a, x.dtype).t()
+        x2, all_a = flat(x), join(a, x.dtype)
+        s = (x2 if mask is None else mask.times(x2)) @ all_a.t()
         kept = sources(x) if any(ctx.needs_input_grad[2:]) else ()
         ctx.save_for_backward(*a, *kept)
         return s if len(a) == 1 else s.split_with_sizes(ctx.ranks, 1)
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:
-        a = ctx.saved_tensors
-        kept, a = a[len(ctx.ranks) :], a[: len(ctx.ranks)]
+        rest = ctx.saved_tensors
+        a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
         ds = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
-        mask, all_a = ctx.mask, join(a, ds.dtype)
-        da: Sequence[Tensor | None] = [None] * len(a)
-        if kept:
-            every = ds.t() @ dropped(kept, mask)
-            da = [d.to(one.dtype) for d, one in zip(every.split_with_sizes(ctx.ranks), a, strict=True)]
+        all_a = torch.cat([one.to(ds.dtype) for one in a])
+        da = lower(kept, ctx.mask, ds, a) if kept else (None,) * len(a)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = ds @ all_a
-            dx = (dx if mask is None else mask.times(dx)).view(ctx.shape)
+            dx = (dx if ctx.mask is None else ctx.mask.times(dx)).view(ctx.shape)
         return None, dx, *da
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def product(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, k: float) -> Tensor:
     """The layer with its update where nothing is recorded."""
-    x2 = flat(x)
-    bias = None if bias is None else bias.to(x.dtype)
-    y = start(x2 @ a.to(x.dtype).t(), b.t().to(x.dtype), bias).addmm_(x2, w.to(x.dtype).t())
+    x2, bt = flat(x), expanded(b, k, x.dtype)
+    y = start(x2 @ a.to(x.dtype).t(), bt, bias).addmm_(x2, w.to(x.dtype).t())
     return y.view(*x.shape[:-1], -1)

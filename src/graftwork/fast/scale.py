@@ -26,8 +26,8 @@ class Scaled(torch.autograd.Function):
         du = dg = None
         rows = tuple(range(gy.ndim - 1))
         if need_g:
-            product = gy * u
-            dg = product.sum(rows, dtype=torch.promote_types(gy.dtype, torch.float32)).to(g.dtype)
+            product = gy * u  # a product of matrices sums its columns faster than sum does
+            dg = (u.new_ones(1, gy[..., 0].numel()) @ product.reshape(-1, len(g)))[0].to(g.dtype)
             if need_u and not torch.is_grad_enabled():
                 du = torch.mul(gy, gain, out=product)  # the same memory once more
         if need_u and du is None:

@@ -77,6 +77,11 @@ class LoRA(LowRank):
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
         return a, self.scale * b
 
+    def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        if self.A0 is not None or type(self).factors is not LoRA.factors:
+            return super().terms()
+        return *as_factors(self.A, self.B, self.lead), float(self.scale), self.shift()
+
     def shift(self) -> Tensor | None:
         return None if self.bias is None else self.scale * self.bias
 
