@@ -270,9 +270,10 @@ class Additive(Adapter):
         return layer(x) + self.branch(self.dropped(x), layer.site)
 
     def rate(self) -> float | None:
-        if type(self.dropout) not in (nn.Dropout, nn.Identity):
-            return None
-        return getattr(self.dropout, "p", 0.0) if self.training else 0.0
+        drop = self.dropout
+        if type(drop) is nn.Dropout:
+            return drop.p if self.training else 0.0
+        return 0.0 if type(drop) is nn.Identity else None
 
     def delta_norm(self, w: Tensor) -> float:
         return float(self.delta().norm())

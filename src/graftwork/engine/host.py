@@ -95,14 +95,18 @@ class Host(nn.Module):
         return mixed.join(parts, torch.tensor(order, device=device).argsort())
 
     def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in names if name in self.adapters)
+        here = self.adapters._modules
+        return tuple([name for name in names if name in here])
 
     def parts(self, names: tuple[str, ...]) -> list[Adapter]:
         """The adapters of these names at this layer, the lowest first; above are those that are no
         weight, so that the others can be folded.
         """
-        parts = [part for name in names for _, part in self.parts_of(name)]
-        return sorted(parts, key=lambda part: "merge" in part.FORBIDS)
+        every, parts = self.adapters._modules, []
+        for name in names:
+            own = every[name]._modules.values() if name in every else ()
+            parts += [part for part in own if isinstance(part, Adapter)]
+        return sorted(parts, key=_above) if len(parts) > 1 else parts
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -240,6 +244,10 @@ class Host(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+
+def _above(part: Adapter) -> bool:
+    return "merge" in part.FORBIDS
 
 
 def no_autocast(module: nn.Module) -> Any:

@@ -73,28 +73,31 @@ FOLLOWERS = weakref.WeakKeyDictionary()
 
 def reason(host: LayerHost, parts: Sequence[Adapter]) -> str:
     """Why a layer with these adapters has to take the plain path; empty where it has not."""
-    if not host.site.product:
+    site, rank, rate = host.site, 0, 0.0
+    if not site.product:
         return f"a {type(host.base_layer).__name__} is no linear layer"
-    out, in_ = host.site.shape
-    rank = 0
-    for part in parts:
+    for i, part in enumerate(parts):
         if not part.sums:
             return f"{type(part).__name__} is more than the layer plus a low-rank product"
         if part.scales and len(parts) > 1:
             return f"{type(part).__name__} scales other adapters too"
-        if part.rate() is None or part.rate() != parts[0].rate():
+        drop = part.rate()
+        if drop is None or (i and drop != rate):
             return "its dropout is not one rate for the whole input"
-        rank += part.rank() or 0
+        rank, rate = rank + (part.rank() or 0), drop
+    out, in_ = site.shape
     return "a dense update is cheaper at this rank" if rank * (out + in_) >= out * in_ else ""
 
 
 def own_product(host: LayerHost) -> str:
     """Why the layer has to compute its own product by itself; empty where it need not."""
-    layer, weight = host.base_layer, host.pristine("weight")
-    if type(weight) not in PLAIN or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
+    layer: Any = host._modules["base_layer"]
+    weight = host.originals.get("weight", layer._parameters.get("weight"))
     if not host.site.usual(layer):
         return f"a {type(layer).__name__} has a forward of its own"
+    if type(weight) not in PLAIN or not weight.is_floating_point():
+        kind = "nothing" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+        return f"its weight is {kind}"
     if weight.requires_grad:
         return "its weight is trained"
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
