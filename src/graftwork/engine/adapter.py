@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .host import Beneath
 
 
+NOTHING = torch.empty(0, 0), torch.empty(0, 0)  # factors of rank 0
+
+
 class Part(nn.Module):
     """Tensors of an adapter that are kept together, with their names in a PEFT file."""
 
@@ -106,8 +109,8 @@ class Adapter(Part):
     scale: float | Tensor  # a factor of the update, where the method has one
     skip: float = 0.0  # probability, in training, that the adapter is left out of a forward
     absent: bool = False  # it was left out of the last forward in training
-    sums = False  # it adds a low-rank product to the layer, and scales that: see ``terms``
-    scales = False  # it has ``gains``
+    sums = False  # it adds a low-rank product to the layer: see ``terms``
+    scales = False  # that sum is multiplied by ``multiplier``
     native = False  # it computes in the layer's dtype, whatever that of its own tensors
     linear = ""  # a tensor in which the update is linear
     times: float = 1.0  # how many times PEFT applies the update that a file holds
@@ -220,13 +223,21 @@ class Adapter(Part):
         """Where it ``sums`` k B A: A (r, in), B (out, r), k, and what the bias gets (out,)."""
         raise NotImplementedError
 
-    def gains(self) -> Tensor:
+    def multiplier(self) -> Tensor:
         """Where it ``scales``: by what (out,) the sum is multiplied before the bias is added."""
         raise NotImplementedError
 
     def rate(self) -> float | None:
         """The dropout of the input that a forward has now; None: not that of ``nn.Dropout``."""
         return 0.0
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A, B and a shift where forward is now layer(x) + B A dropped(x) + shift; else None."""
+        return None
+
+    def gains(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """Gains of the inputs and of the outputs, where it only multiplies by them; else None."""
+        return None
 
     def file_tensors(self) -> dict[str, Tensor]:
         tensors = super().file_tensors()
@@ -284,6 +295,7 @@ class LowRank(Additive):
 
     r: int
     sums = True
+    products_in: tuple[bool, ...] = ()  # where another branch is B A x: in eval mode, in training
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
@@ -298,6 +310,12 @@ class LowRank(Additive):
 
     def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
         return *self.factors(), 1.0, self.shift()
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        plain = self.sums or (
+            self.training in self.products_in and type(self).forward is LowRank.forward
+        )
+        return (*self.factors(), self.shift()) if plain and not self.scales else None
 
     def delta(self) -> Tensor:
         a, b = self.factors()

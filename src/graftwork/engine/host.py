@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, StateError
-from ..fast import choose
-from . import rows as mixed
+from ..fast import batch, choose
+from ..fast.rows import each
+from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
 from .switch import BASE, Switch
@@ -68,31 +69,12 @@ class Host(nn.Module):
         return self.base_layer(*args, **kwargs)
 
     def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Each row with its own adapter; the rows of one adapter run together."""
-        n = next((len(t) for t in mixed.tensors_in((args, kwargs)) if t.ndim), 0)
-        if not n:
-            raise StateError(
-                f"{self.path} received no tensor, so adapter_names cannot be applied to its rows"
-            )
-        groups: dict[tuple[str, ...], list[int]] = {}
-        owners = mixed.expand(rows, n, self.path)
-        for i, name in enumerate(owners):
-            groups.setdefault(() if name == BASE else self.present((name,)), []).append(i)
-        if len(groups) == 1:
-            return self.choose(next(iter(groups)), args, kwargs)
-        device, call = next(self.parameters()).device, self.switch.current()
-        parts, order = [], []
-        for names, index in groups.items():
-            where = torch.tensor(index, device=device)
-            context = mixed.take(call.context, where // (n // len(rows)), len(rows))
-            if n != len(rows):  # values that were made for this call's own inputs
-                context = mixed.take(context, where, n)
-            own = tuple(owners[i] for i in index)  # for the hosts within this one
-            with self.switch.call(call.active, own, **context):
-                taken = mixed.take(args, where, n), mixed.take(kwargs, where, n)
-                parts.append(self.choose(names, *taken))
-            order.extend(index)
-        return mixed.join(parts, torch.tensor(order, device=device).argsort())
+        """Each row with its own adapter."""
+        return batch.split(self, rows, args, kwargs)
+
+    def lane(self, name: str) -> tuple[str, ...]:
+        """Which adapters run for a row of a mixed batch that has this name."""
+        return () if name == BASE else self.present((name,))
 
     def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
         here = self.adapters._modules
@@ -305,7 +287,7 @@ class Beneath:
 
     def rows(self, key: str, n: int) -> Any:
         """A value of this call for each of ``n`` inputs."""
-        return mixed.each(self.context, key, n, self.site.path)
+        return each(self.context, key, n, self.site.path)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.parts:
@@ -343,25 +325,40 @@ class LayerHost(Host):
         if kind is None:
             raise TypeError(f"{path} is a {type(layer).__name__}, which is no known weighted layer")
         self.site = kind(self)
+        self.stacks = Kept()
 
     def site_of(self, key: str) -> Site | None:
         return self.site
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x, *rest = args if args else (kwargs.pop("input"),)
-        free = torch.is_autocast_enabled(x.device.type)
-        if isinstance(self.site, Embedding) or not x.is_floating_point():
-            out = self.site.raw.dtype if self.site.raw.is_floating_point() else None
-        else:
-            out = torch.get_autocast_dtype(x.device.type) if free else x.dtype
-        within = None if free else x.dtype if x.is_floating_point() else out
 
         def call(x: Tensor) -> Tensor:
             return self.base(x, *rest, **kwargs)
 
         parts = self.parts(names)
         fast = choose.run(self, parts, x, call) if parts else None
-        return Beneath(self, parts, call, within, out)(x) if fast is None else fast
+        return Beneath(self, parts, call, *self.dtypes(x))(x) if fast is None else fast
+
+    def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = batch.joint(self, rows, args, kwargs)
+        return super().mixed(rows, args, kwargs) if y is None else y
+
+    def alone(self, name: str) -> list[Adapter]:
+        """The parts that run for a row of a mixed batch that has this name."""
+        return [] if name == BASE else self.parts((name,))
+
+    def lane(self, name: str) -> tuple[str, ...]:
+        return batch.TOGETHER if batch.joins(self, name) else super().lane(name)
+
+    def dtypes(self, x: Tensor) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """In which dtype the layer below is called, and in which the host answers."""
+        free = torch.is_autocast_enabled(x.device.type)
+        if isinstance(self.site, Embedding) or not x.is_floating_point():
+            out = self.site.raw.dtype if self.site.raw.is_floating_point() else None
+        else:
+            out = torch.get_autocast_dtype(x.device.type) if free else x.dtype
+        return None if free else x.dtype if x.is_floating_point() else out, out
 
     def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The untouched layer."""

@@ -19,7 +19,8 @@ import torch
 
 from ..errors import StateError, did_you_mean
 from ..fast import choose
-from .rows import tensors_in
+from ..fast.grouped import FEW, Batches, Rows
+from ..fast.rows import expand, tensors_in
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -62,6 +63,7 @@ class Switch:
         self.enabled = True
         self.standing = Call(self, ())
         self.time, self.learned = 0, False  # see fast/choose.py
+        self.batches = Batches()  # mixed batches of late
 
     def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Choose the active adapters, the lowest first, and whether they run at all."""
@@ -78,6 +80,14 @@ class Switch:
                     + did_you_mean(name, self.configs)
                 )
         return names
+
+    def batch(self, rows: tuple[str, ...], x: torch.Tensor, path: str) -> Rows:
+        """The inputs of a layer in a mixed batch by adapter, sorted once for all layers."""
+        key = rows, len(x), x[0].numel() > FEW * x.shape[-1]
+        if len(x) == len(rows) and (found := self.batches.get(key)):
+            return found
+        order = () if key[2] else tuple(self.configs)
+        return self.batches.add(key, expand(rows, len(x), path), order)
 
     def current(self) -> Call:
         """The choice that holds here and now."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .bits import Mask
 from .linear import Follower, Leader, Shrink, flat, join, product
+from .plain import PLAIN, watched
 from .scale import Scaled
-from .watch import PLAIN, watched
 
 if TYPE_CHECKING:
     from ..engine.adapter import Adapter
@@ -184,7 +184,7 @@ def combined(parts: Sequence[Adapter]) -> Update:
     if len(parts) == 1:
         part = parts[0]
         a, b, k, shift = part.terms()
-        return Update((a,), b, k * up, shift, part.gains() if part.scales else None, rate)
+        return Update((a,), b, k * up, shift, part.multiplier() if part.scales else None, rate)
     terms = [part.terms() for part in parts]
     b = torch.cat([one[2] * one[1] for one in terms], 1)
     shifts = [one[3] for one in terms if one[3] is not None]

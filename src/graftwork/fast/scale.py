@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .watch import watched
+from .plain import watched
 
 
 class Scaled(torch.autograd.Function):

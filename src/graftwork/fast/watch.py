@@ -1,42 +1,110 @@
-"""Whether something watches each operation, so that none may be hidden in a larger one."""
+"""What was computed from tensors is kept for as long as they are what they were."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
+from operator import attrgetter, is_
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-PLAIN = (Tensor, nn.Parameter)
+HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
 
 
-class _Thread(threading.local):
+_version, _address = attrgetter("_version"), Tensor.data_ptr
+
+
+class Watch:
+    """Whether some dictionaries hold the same values as when they were shown.
+
+    Tensors are the same while object, version and address are: the version counts what is written
+    into a tensor, the address changes where ``.data`` gets another one, as in a move. A write
+    through ``.data`` into the same memory leaves no trace that could be seen.
+    """
+
     def __init__(self) -> None:
-        self.plain = False
+        self.holders: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
+        self.hooks: list[Any] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.addresses: list[int] = []
+        self.alive: list[Tensor] = []  # so that no other tensor gets the same address
+        self.usable = True  # False: a tensor does not tell whether it was written to
+
+    def value(self, holder: dict[Any, Any], key: Any) -> None:
+        """Watch one entry of a dictionary; None is one that is not there."""
+        value = holder.get(key)
+        self.holders.append(holder)
+        self.keys.append(key)
+        self.values.append(value)
+        if isinstance(value, Tensor):
+            self.tensor(value)
+
+    def tensor(self, tensor: Tensor) -> None:
+        """Watch a tensor's contents."""
+        if tensor.is_meta or tensor.is_inference() or not tensor.data_ptr():
+            self.usable = self.usable and not tensor.numel()
+        self.alive.append(tensor.detach())
+        self.tensors.append(tensor)
+        self.addresses.append(tensor.data_ptr())
+        self.versions.append(0 if tensor.is_inference() else tensor._version)
+
+    def module(self, module: nn.Module) -> None:
+        """Watch a module's tensors, its switches and factors, its children and its hooks."""
+        for own in module.modules():
+            for holder in (own._parameters, own._buffers, own._modules):
+                for key in holder:
+                    self.value(holder, key)
+            for key, value in own.__dict__.items():
+                if isinstance(value, (bool, float, Tensor)):
+                    self.value(own.__dict__, key)
+            self.hooks += [own._forward_hooks, own._forward_pre_hooks]
+
+    def same(self) -> bool:
+        """Whether every value is the object that it was, and no module has hooks."""
+        now = map(dict.get, self.holders, self.keys)
+        return all(map(is_, now, self.values)) and not any(self.hooks)
+
+    def unwritten(self) -> bool:
+        """Whether nothing was written into the tensors."""
+        now = list(map(_version, self.tensors))
+        return now == self.versions and list(map(_address, self.tensors)) == self.addresses
+
+    def learns(self) -> bool:
+        """Whether a tensor wants a gradient."""
+        return any(tensor.requires_grad for tensor in self.tensors)
 
 
-STATE = _Thread()
+class Kept:
+    """The last few results with what they were computed from; a copy of it is empty."""
+
+    def __init__(self) -> None:
+        self.results: dict[Hashable, tuple[Watch, Any]] = {}
+
+    def find(self, key: Hashable) -> tuple[Watch, Any] | None:
+        """What is kept under a key, where it was computed from the objects that are there now."""
+        found = self.results.get(key)
+        if found is not None and not found[0].same():
+            del self.results[key]
+            return None
+        return found
+
+    def put(self, key: Hashable, watch: Watch, result: Any) -> None:
+        """Keep a result, and drop the oldest."""
+        self.results.pop(key, None)
+        self.results[key] = watch, result
+        while len(self.results) > HELD:
+            del self.results[next(iter(self.results))]
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
 
 
-@contextmanager
-def plain_path() -> Iterator[None]:
-    """Within the block, in this thread, adapters compute by the plain formulas of their methods."""
-    before, STATE.plain = STATE.plain, True
-    try:
-        yield
-    finally:
-        STATE.plain = before
-
-
-def watched(x: Tensor) -> bool:
-    """Whether a compiler, a transform or a subclass of tensors has to see each operation."""
-    return (
-        STATE.plain
-        or type(x) not in PLAIN
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
+def numel(modules: Iterable[nn.Module]) -> int:
+    """How many numbers modules hold."""
+    return sum(t.numel() for m in modules for own in (m.parameters(), m.buffers()) for t in own)

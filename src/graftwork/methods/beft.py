@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import Adapter, Beneath, Embedding, Site
+from ..engine.adapter import NOTHING
 from ..engine.site import ParameterSite
 
 
@@ -45,6 +46,9 @@ class BEFT(Adapter, config=BeftConfig):
         if self.rows:
             return w + self.bias.mT, b
         return w, self.bias[0] if b is None else b + self.bias[0]
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        return *NOTHING, self.bias[0]
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         if self.rows:

@@ -36,7 +36,7 @@ class DoRA(LoRA):
         norm = self.norm(w)
         return self.m.reshape(norm.shape) / norm
 
-    def gains(self) -> Tensor:
+    def multiplier(self) -> Tensor:
         return self.gain(self.site.weight)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,8 @@ class VeLoRA(LoRA):
     convolution, an embedding, a weight that is only folded) the gradient is exact.
     """
 
+    products_in = (False,)
+
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.options, self.averaged = config.velora_config, False

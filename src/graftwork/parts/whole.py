@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Adapter
+from ..engine.adapter import NOTHING, Adapter
 from ..engine.site import ParameterSite, Site, Standing, kind_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class Bias(Adapter):
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change = self.bias - self.origin
         return w, change if b is None else b + change
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        return *NOTHING, self.bias - self.origin
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         return layer(x) + layer.site.outputs(self.bias - self.origin)

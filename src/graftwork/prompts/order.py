@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.rows import expand, take
 from ..engine.switch import Call
 from ..errors import StateError
+from ..fast.rows import expand, take
 
 
 @dataclass(frozen=True)
