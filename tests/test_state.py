@@ -259,7 +259,8 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     table = str(model.adapters())
     lines = table.splitlines()
     assert (
-        lines[0].split() == "site layer adapter method rank scale dtype device state change".split()
+        lines[0].split()
+        == "site layer adapter method rank scale dtype device state change path".split()
     )
     assert "q_proj x2" in table and "Linear(32, 32)" in table and "active trainable" in table
     rows = model.adapters().to_dict()

@@ -117,7 +117,7 @@ class Site:
 
     def usual(self, layer: nn.Module) -> bool:
         """Whether the layer's own code is known to compute x W' + b and no more."""
-        return type(layer).forward is nn.Linear.forward
+        return type(layer).forward is nn.Linear.forward and "forward" not in layer.__dict__
 
     def outputs(self, v: Tensor) -> Tensor:
         """A vector (out,) shaped to broadcast over the layer's output."""
@@ -174,7 +174,8 @@ class Conv1D(Site):
         return matrix.mT
 
     def usual(self, layer: nn.Module) -> bool:
-        return type(layer).forward.__qualname__ == "Conv1D.forward"
+        own = type(layer).forward.__qualname__ == "Conv1D.forward"
+        return own and "forward" not in layer.__dict__
 
 
 class Conv(Site):

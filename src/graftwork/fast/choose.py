@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .bits import Mask
-from .linear import Follower, Leader, Shrink, flat, join, product
+from .linear import Follower, Leader, Shrink, flat, product
 from .plain import PLAIN, watched
 from .scale import Scaled
 
@@ -52,16 +52,36 @@ class Update:
     gain: Tensor | None  # what the layer and B A are scaled by
     rate: float  # of dropout
 
+    def learns(self) -> bool:
+        """Whether a tensor in it wants a gradient."""
+        every = (*self.a, self.b, self.shift, self.gain)
+        return any(t is not None and t.requires_grad for t in every)
+
     @property
     def scales(self) -> bool:
         """Whether the bias is added after the gain."""
         return self.gain is not None
 
 
+@dataclass
+class Last:
+    """The input that a layer was given last, and which layers have read it one after another."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    leader: weakref.ref[LayerHost]
+    mask: Mask | None
+    readers: set[int]
+
+    def read(self, x: Tensor, host: LayerHost) -> bool:
+        """Whether ``host`` is one more layer that reads the same."""
+        return self.x() is x and self.version == x._version and id(host) not in self.readers
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.pending: Pending | None = None
-        self.last: tuple[weakref.ref[Tensor], weakref.ref[LayerHost]] | None = None
+        self.last: Last | None = None
         self.time: int | None = None  # that of the forward that is being repeated, in a backward
 
 
@@ -75,12 +95,14 @@ def reason(host: LayerHost, parts: Sequence[Adapter]) -> str:
     """Why a layer with these adapters has to take the plain path; empty where it has not."""
     site, rank, rate = host.site, 0, 0.0
     if not site.product:
-        return f"a {type(host.base_layer).__name__} is no linear layer"
+        return f"the layer, {type(host.base_layer).__name__}, is not linear"
     for i, part in enumerate(parts):
         if not part.sums:
             return f"{type(part).__name__} is more than the layer plus a low-rank product"
         if part.scales and len(parts) > 1:
             return f"{type(part).__name__} scales other adapters too"
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
+            return "the adapter has hooks"
         drop = part.rate()
         if drop is None or (i and drop != rate):
             return "its dropout is not one rate for the whole input"
@@ -104,6 +126,20 @@ def own_product(host: LayerHost) -> str:
     return "it has hooks" if hooks or layer._backward_pre_hooks else ""
 
 
+def path(host: Any, part: Adapter) -> str:
+    """Which path a layer takes with one adapter, and why not the fast one, for reports."""
+    if getattr(host, "site", None) is None:
+        return "plain: its module's own code reads the weights"
+    if part.native and host.site.product:
+        return "fast"
+    if why := reason(host, [part]):
+        return f"plain: {why}"
+    why = own_product(host)
+    if why and part.scales:
+        return f"plain: {why}"
+    return f"fast, after the layer's own product: {why}" if why else "fast"
+
+
 def run(
     host: LayerHost, parts: Sequence[Adapter], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor | None:
@@ -122,6 +158,8 @@ def run(
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return _run(host, parts, x, x, base)
+    if own_product(host):
+        return None  # which casts by itself
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         return _run(host, parts, x, x.to(dtype), base)
@@ -161,24 +199,26 @@ def _run(
         if pending is not None and pending.x is given and pending.call is call:
             for i, (one, update, s) in enumerate(pending.rest):
                 if one is host and pending.version == given._version:
+                    if STATE.last is not None:
+                        STATE.last.readers.add(id(host))
                     del pending.rest[i]
                     y = _follow(pending, update, s, own)
                     STATE.pending = pending if pending.rest else None
                     return y
-        if given.requires_grad or any(p.requires_grad for one in parts for p in one.parameters()):
-            return _lead(host, parts, given, x, own)
     update = combined(parts)
+    if torch.is_grad_enabled() and (given.requires_grad or update.learns()):
+        return _lead(host, update, given, x, own)
     if own.w is not None and not update.rate:
         bias = None if update.scales else own.bias
-        y = product(x, own.w, bias, join(update.a, x.dtype), update.b, update.k)
+        y = product(x, own.w, bias, update.a, update.b, update.k)
         return finished(y, update, own)
-    mask = Mask.draw(update.rate, flat(x)) if update.rate else None
-    s = Shrink.apply(mask, x, join(update.a, x.dtype))  # type: ignore[no-untyped-call]
+    mask = _met(host, given, x, update.rate)
+    s = Shrink.apply(mask, x, torch.cat(update.a))  # type: ignore[no-untyped-call]
     return _onto(x, s, update, own)
 
 
 def combined(parts: Sequence[Adapter]) -> Update:
-    """The updates of all adapters as one."""
+    """The updates of all adapters of a layer as one."""
     rate = parts[0].rate() or 0.0
     up = 1 / (1 - rate) if rate < 1 else 0.0
     if len(parts) == 1:
@@ -199,13 +239,12 @@ def finished(y: Tensor, update: Update, own: Own) -> Tensor:
     return y if update.shift is None else y + update.shift.to(y.dtype)
 
 
-def _lead(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, own: Own) -> Tensor:
-    update, call = combined(parts), host.switch.current()
+def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -> Tensor:
+    call = host.switch.current()
     others = [] if call.rows is not None else list(_followers(host, update, given, call))
-    _learn(host, given)
-    mask = Mask.draw(update.rate, flat(x)) if update.rate else None
+    mask = _met(host, given, x, update.rate)
     every = [update, *(theirs for _, theirs in others)]
-    a = [one.a[0] if len(one.a) == 1 else join(one.a, x.dtype) for one in every]
+    a = [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in every]
     share, alias = given.requires_grad and own.w is not None, x
     if own.w is None:
         found = Shrink.apply(mask, x, *a)  # type: ignore[no-untyped-call]
@@ -271,20 +310,28 @@ def _followers(
             yield other, combined(parts)
 
 
-def _learn(host: LayerHost, given: Tensor) -> None:
-    """Note that a layer has read an input, and whether the one before had the same."""
-    if STATE.time is not None:
-        return
+def _met(host: LayerHost, given: Tensor, x: Tensor, rate: float) -> Mask | None:
+    """The mask for an input, which layers have in common that read it one after another, and a
+    note of who they are. What is drawn does not depend on what has been learned.
+    """
+    if given.is_inference():  # which counts no versions
+        return Mask.draw(rate, flat(x)) if rate else None
     last, switch = STATE.last, host.switch
-    leader = None if last is None else last[1]()
-    if last is None or last[0]() is not given or leader is None or leader.switch is not switch:
-        STATE.last = weakref.ref(given), weakref.ref(host)
-        return
-    known = FOLLOWERS.setdefault(leader, {})
-    before = known[max(known)] if known else ()
-    if leader is not host and all(one() is not host for one in before):
-        known[switch.time + 1] = (*before, weakref.ref(host))
-        switch.learned = True
+    if last is None or not last.read(given, host):
+        mask = Mask.draw(rate, flat(x)) if rate else None
+        STATE.last = Last(weakref.ref(given), given._version, weakref.ref(host), mask, {id(host)})
+        return mask
+    last.readers.add(id(host))
+    leader = last.leader()
+    if leader is not None and leader.switch is switch and STATE.time is None:
+        known = FOLLOWERS.setdefault(leader, {})
+        before = known[max(known)] if known else ()
+        if all(one() is not host for one in before):
+            known[switch.time + 1] = (*before, weakref.ref(host))
+            switch.learned = True
+    if (last.mask.p if last.mask else 0.0) != rate:
+        last.mask = Mask.draw(rate, flat(x)) if rate else None
+    return last.mask
 
 
 def settle(switch: Any) -> int:

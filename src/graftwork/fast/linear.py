@@ -130,6 +130,8 @@ class Leader(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None, *gs: Tensor | None) -> Any:
+        if gy is None and gx is None and not any(g is not None for g in gs):
+            return (None,) * (7 + len(ctx.ranks))
         if torch.is_grad_enabled():
             return _again(ctx, gy, gx, gs)
         s, w, b, all_a, bt, *rest = ctx.saved_tensors
@@ -245,7 +247,7 @@ class Shrink(torch.autograd.Function):
     def backward(ctx: Any, *gs: Tensor) -> Any:
         rest = ctx.saved_tensors
         a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
-        ds = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
+        ds = gs[0] if len(gs) == 1 else torch.cat(gs, 1)  # autograd gives zeros for none
         all_a = torch.cat([one.to(ds.dtype) for one in a])
         da = lower(kept, ctx.mask, ds, a) if kept else (None,) * len(a)
         dx = None
@@ -255,8 +257,10 @@ class Shrink(torch.autograd.Function):
         return None, dx, *da
 
 
-def product(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, k: float) -> Tensor:
+def product(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Tensor, k: float
+) -> Tensor:
     """The layer with its update where nothing is recorded."""
     x2, bt = flat(x), expanded(b, k, x.dtype)
-    y = start(x2 @ a.to(x.dtype).t(), bt, bias).addmm_(x2, w.to(x.dtype).t())
+    y = start(x2 @ join(a, x.dtype).t(), bt, bias).addmm_(x2, w.to(x.dtype).t())
     return y.view(*x.shape[:-1], -1)

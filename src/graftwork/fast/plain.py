@@ -36,6 +36,7 @@ def watched(x: Tensor) -> bool:
         STATE.plain
         or type(x) not in PLAIN
         or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())

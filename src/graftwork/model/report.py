@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..engine.host import Host
 from ..engine.root import Grafted
 from ..engine.tree import mark
+from ..fast import choose
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Row:
     active: bool
     trainable: bool
     merged: bool
+    path: str  # how its layer computes: fast, or plain and why
     change: float | None  # norm of the update relative to the weight's; None: not to be computed
 
 
@@ -56,6 +58,7 @@ class Adapters(list[Row]):
                 row.active,
                 row.trainable,
                 row.merged,
+                row.path,
             )
             groups.setdefault(key, []).append(row)
         head = (
@@ -69,6 +72,7 @@ class Adapters(list[Row]):
             "device",
             "state",
             "change",
+            "path",
         )
         lines = [head] + [_line(rows) for rows in groups.values()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -112,6 +116,7 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         first.device,
         " ".join(words) or "-",
         change,
+        first.path,
     )
 
 
@@ -143,6 +148,7 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
                 active=name in switch.active and switch.enabled,
                 trainable=any(t.requires_grad for t in tensors),
                 merged=name in host.merged_adapters,
+                path=choose.path(host, part),
                 change=_change(part, site),
             )
 
