@@ -303,7 +303,7 @@ def living() -> list[Tensor]:
 
 def saved_bytes(runner: Runner) -> int:
     """What a forward keeps for its backward, in bytes (the module's docstring says how)."""
-    runner()  # what is made once, a table of positions or a pool of bits, is no step's
+    runner.loss()  # what is made once, a table of positions or a pool of bits, is no step's
     before = storages(living())
     packed: list[Tensor] = []
 
@@ -316,11 +316,8 @@ def saved_bytes(runner: Runner) -> int:
     own = storages([*runner.model.parameters(), *runner.model.buffers(), *runner.leaves])
     kept = storages(packed) | {a: n for a, n in storages(living()).items() if a not in before}
     del packed[:]
-    result = sum(n for a, n in kept.items() if a not in own)
-    loss.backward()
-    for leaf in runner.leaves:
-        leaf.grad = None
-    return result
+    del loss
+    return sum(n for a, n in kept.items() if a not in own)
 
 
 @dataclass
