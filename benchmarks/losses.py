@@ -29,15 +29,15 @@ def state(library: str, model: Any) -> dict[str, Tensor]:
     return found
 
 
-def trained(library: str, at: step.Shape, start: dict[str, Tensor] | None) -> Any:
-    """Losses, adapter and its start, after all steps from a start or from its own."""
+def trained(library: str, at: step.Shape, start: dict[str, Tensor] | None, steps: int) -> Any:
+    """Losses, adapter and its start, after some steps from a start or from its own."""
     model = step.awake(step.MODELS[{"graftwork": "ours"}.get(library, library)](at.base()))
     if start is not None:
         importlib.import_module(library).set_peft_model_state_dict(model, start)
     begun = {name: t.detach().clone() for name, t in state(library, model).items()}
     optimizer = torch.optim.AdamW(step.unfrozen(model), lr=1e-3)
     losses = []
-    for turn in range(STEPS):
+    for turn in range(steps):
         loss = step.loss_of(model, at.batch(turn))
         loss.backward()
         optimizer.step()
@@ -60,19 +60,19 @@ def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def rows(quick: bool = False, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for the losses and one for the adapters, in each dtype."""
-    found = []
+    found, steps = [], 5 if quick else STEPS
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         at = step.Shape(128, 2, 344, 512, 4, 4, 32, dtype, device)
-        losses, adapter, start = trained("plain", at, None)
+        losses, adapter, start = trained("plain", at, None, steps)
         gaps: dict[str, tuple[float, float]] = {}
         for library in ("graftwork", *(["peft"] if step.has_peft() else [])):
-            other, values, _ = trained(library, at, start)
+            other, values, _ = trained(library, at, start, steps)
             worst = max(abs(a - b) / abs(b) for a, b in zip(other, losses, strict=True))
             gaps[library] = (worst, apart(values, adapter))
         for which, what in enumerate(("losses", "adapters")):
             found.append(
                 {
-                    "name": f"{what} after {STEPS} steps against plain LoRA, {short}",
+                    "name": f"{what} after {steps} steps against plain LoRA, {short}",
                     "peft": gaps["peft"][which] if "peft" in gaps else None,
                     "ours": gaps["graftwork"][which],
                     "unit": "relative difference",

@@ -42,7 +42,9 @@ MODULES = {  # each has rows(); what it measures
     "mixed": "batches of several adapters, decoding, recompilations",
     "together": "training many adapters at once",
 }
+QUICK = ROOT / "out" / "bench"  # what --quick writes, which is no result
 Row = dict[str, Any]
+Result = dict[str, Any]  # machine, measured (when and with what, by module), rows
 FIELDS: dict[str, Any] = {  # of a row: what it may be
     "name": str,
     "peft": (int, float, type(None)),
@@ -90,14 +92,16 @@ def verdict(row: Row) -> str:
 
 
 def number(value: float | None, unit: str) -> str:
-    """A value with three significant digits, and its unit where that is not "ratio"."""
+    """A value to about three digits, with its unit where that is one of measure."""
     if value is None:
         return "-"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
-        text = f"{value:.{min(digits, 4)}f}"
+    size = abs(value)
+    if value == int(value) and unit not in ("ratio", "x"):
+        text = str(int(value))
+    elif 0.1 <= size < 1000:
+        text = f"{value:.2f}" if size < 100 else f"{value:.0f}"
     else:
-        text = f"{value:.1e}"
+        text = f"{value:.3g}" if size > 1e-3 else f"{value:.1e}"
     return f"{text} {unit}" if unit in ("s", "ms", "MB") else text
 
 
@@ -221,64 +225,99 @@ def digest(rows: list[Row]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def times_the_bound(row: Row, who: str) -> float | None:
+def times_the_bound(row: Row, who: str) -> float:
     """How many times its bound a value is; below 1 is within, also where more is better."""
-    value = row[who]
-    if value is None or not row["bound"] or value <= 0:
-        return None
-    return float(row["bound"] / value if row.get("at_least") else value / row["bound"])
+    value, bound = row[who], row["bound"]
+    return float(bound / value if row.get("at_least") else value / bound)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of every row that has a bound, in multiples of the bound, on a logarithmic axis."""
+COLOURS = {"peft": "#b8b8b8", "ours": "#2b6ca3"}
+LABELS = {"peft": "PEFT", "ours": "graftwork"}
+LEFT = 0.01  # where logarithmic bars begin: what is still smaller shows as a stub
+
+
+def bars(axes: Any, rows: list[Row], value: Callable[[Row, str], float], left: float) -> None:
+    """Two bars a row, each with its figure at its foot, or behind it where it is too short."""
+    largest = max(value(r, w) for r in rows for w in COLOURS if r[w] is not None)
+    largest = max(largest, 1.0) * 1.15
+    for i, row in enumerate(rows):
+        for who, offset in (("peft", 0.2), ("ours", -0.2)):
+            if row[who] is None:
+                continue
+            end = max(value(row, who), left)
+            axes.barh(i + offset, end - left, 0.38, left=left, color=COLOURS[who])
+            share = end / largest if left == 0 else math.log(end / left) / math.log(largest / left)
+            axes.annotate(
+                number(row[who], row["unit"]), (left if share > 0.12 else end, i + offset),
+                xytext=(3, 0), textcoords="offset points", va="center", fontsize=8,
+                color="white" if who == "ours" and share > 0.12 else "black",
+            )  # fmt: skip
+        at = row["bound"] if left == 0 else 1.0
+        axes.plot([at, at], [i - 0.42, i + 0.42], color="#c0392b", linewidth=2)
+    if left:
+        axes.set_xscale("log")
+    axes.set_xlim(left, largest)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_yticks(range(len(rows)), [f"{r['name']}  ({cells(r)[3]})" for r in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Bars of every row that has a bound: small ratios as they are, others in bounds.
+
+    Args:
+        result: what ``main`` writes.
+        path: where to, an SVG; it names the rows that it shows by their ``digest``.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "graftwork", "font.size": 9}
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
-    rows = [r for r in result["rows"] if times_the_bound(r, "ours") is not None][::-1]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.36 * len(rows)), layout="constrained")
-    for who, colour, offset in (("peft", "#b0b0b0", 0.19), ("ours", "#2b6ca3", -0.19)):
-        name = {"peft": "PEFT", "ours": "graftwork"}[who]
-        at = [(i, times_the_bound(r, who)) for i, r in enumerate(rows)]
-        shown = [(i, v) for i, v in at if v is not None]
-        where, values = [i + offset for i, _ in shown], [v for _, v in shown]
-        widths = [v - LEFT for v in values]
-        axes.barh(where, widths, 0.36, left=LEFT, color=colour, label=name)
-        for (i, value), y in zip(shown, where, strict=True):
-            text = number(rows[i][who], rows[i]["unit"])
-            axes.text(max(value, LEFT) * 1.03, y, text, va="center", fontsize=7.5)
-    largest = max(times_the_bound(r, w) or 1 for r in rows for w in ("peft", "ours")) if rows else 1
-    axes.set_xscale("log")
-    axes.set_xlim(LEFT, max(2.0, largest) * 1.6)
-    axes.axvline(1, color="#c0392b", linewidth=1.2, label="bound")
-    axes.set_yticks(range(len(rows)), [f"{r['name']}  (bound {cells(r)[3]})" for r in rows])
-    axes.set_xlabel("multiples of the bound; left of the line is within it")
-    axes.legend(loc="lower right", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    rows = [r for r in result["rows"] if r["ours"] and r["bound"]][::-1]
+    ratios = [r for r in rows if r["unit"] in ("ratio", "x") and r["bound"] > 0.5]
+    ratios = [r for r in ratios if not r.get("at_least")]
+    others = [r for r in rows if r not in ratios]
+    parts = [part for part in (ratios, others) if part]
+    if not parts:
+        raise SystemExit("no row with a bound was measured: nothing to plot (--no-plot)")
+    figure, panels = plt.subplots(
+        len(parts), figsize=(10, 1.6 + 0.42 * len(rows)), squeeze=False, layout="constrained",
+        height_ratios=[len(part) + 0.8 for part in parts],
+    )  # fmt: skip
+    for axes, part in zip(panels[:, 0], parts, strict=True):
+        if part is ratios:
+            bars(axes, part, lambda r, who: float(r[who]), 0.0)
+            axes.set_xlabel("ratio, as the row says; less is better")
+        else:
+            bars(axes, part, times_the_bound, LEFT)
+            axes.set_xlabel("in multiples of the bound, logarithmic; less is better")
+    legend = [Patch(color=COLOURS[who], label=LABELS[who]) for who in COLOURS]
+    legend.append(Patch(color="#c0392b", label="bound"))
+    figure.legend(handles=legend, loc="outside upper right", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Description": digest(result["rows"])})
+    figure.savefig(path, metadata={"Date": None, "Description": digest(result["rows"])}
+                   if path.suffix == ".svg" else None)  # fmt: skip
     plt.close(figure)
 
 
-LEFT = 0.02  # where bars begin: what is fifty times better than its bound shows as a stub
-
-
-def write(result: dict[str, Any], name: str) -> Path:
+def write(result: Result, path: Path) -> None:
     """Write the JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
-def merged(rows: list[Row], path: Path) -> list[Row]:
-    """New rows, and those of an earlier run of other modules, in the order of ``MODULES``."""
-    fresh = {r["module"] for r in rows}
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = [r for r in old if r["module"] not in fresh]
-    return sorted([*rows, *kept], key=lambda r: list(MODULES).index(r["module"]))
+def merged(result: Result, path: Path) -> Result:
+    """A result, and what an earlier one has of other modules, in the order of ``MODULES``."""
+    if not path.exists():
+        return result
+    old = json.loads(path.read_text(encoding="utf-8"))
+    rows = [*result["rows"], *(r for r in old["rows"] if r["module"] not in result["measured"])]
+    rows.sort(key=lambda r: list(MODULES).index(r["module"]))
+    return result | {"rows": rows, "measured": old["measured"] | result["measured"]}
 
 
 def arguments() -> argparse.Namespace:
@@ -290,6 +329,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--name", help="of the result's file; the CPU's or GPU's name otherwise")
     parser.add_argument("--no-plot", action="store_true", help="matplotlib is not needed then")
+    parser.add_argument("--plot-only", metavar="FILE", help="draw one of benchmarks/results again")
     parser.add_argument("--child", nargs=2, metavar=("NAME", "OUT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -300,24 +340,26 @@ def main() -> None:
     if args.child:
         child(args.child[0], Path(args.child[1]), args.quick, args.device, args.threads)
         return
+    if args.plot_only:
+        data = RESULTS / args.plot_only
+        plot(json.loads(data.read_text(encoding="utf-8")), PLOTS / f"{data.stem}.svg")
+        return
     rows, wrong = collect(args.only or MODULES, args.quick, args.device, args.threads)
-    here = machine(args.device, args.threads)
-    name = args.name or re.sub(r"\W+", "-", f"{here.get('gpu', here['cpu'])}".lower()).strip("-")
-    name = f"{name}-quick" if args.quick else name
     if rows:
-        path = RESULTS / f"{name}.json"
-        result = {
-            "machine": here,
-            "versions": versions(),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "quick": args.quick,
-            "rows": merged(rows, path) if args.only else rows,
-        }
-        print(f"{table(result['rows'])}\n\n{write(result, name)}")
+        here = machine(args.device, args.threads)
+        name = args.name or re.sub(r"\W+", "-", here.get("gpu", here["cpu"]).lower()).strip("-")
+        of = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": commit()}
+        measured = {row["module"]: of | {"versions": versions()} for row in rows}
+        result = {"machine": here, "measured": measured, "rows": rows}
+        data = (QUICK if args.quick else RESULTS) / f"{name}.json"
+        if args.only:
+            result = merged(result, data)
+        write(result, data)
+        print(f"{table(result['rows'])}\n\n{data}")
         if not args.no_plot:
-            plot(result, PLOTS / f"{name}.svg")
-            print(PLOTS / f"{name}.svg")
+            picture = (QUICK if args.quick else PLOTS) / f"{name}.svg"
+            plot(result, picture)
+            print(picture)
     if any(r["ours"] is None for r in rows):
         print("not measured:", *sorted({r["note"] for r in rows if r["ours"] is None}), sep="\n  ")
     if wrong:
