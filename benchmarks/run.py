@@ -68,6 +68,8 @@ def checked(rows: Iterable[Row], module: str) -> list[Row]:
                 raise ValueError(f"{module}.rows(): {row} has no {name!r}")
             if not isinstance(row[name], kind) or isinstance(row[name], bool):
                 raise ValueError(f"{module}.rows(): {name}={row[name]!r} in {row['name']!r}")
+        if row["bound"] == math.inf:  # what bounds nothing is no bound
+            row = row | {"bound": None}
         if unknown := set(row) - set(FIELDS) - set(OPTIONAL):
             raise ValueError(f"{module}.rows(): {row['name']!r} has unknown {sorted(unknown)}")
         numbers = [row[n] for n in ("peft", "ours", "bound") if row[n] is not None]
@@ -179,13 +181,13 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 def child(module: str, out: Path, quick: bool, device: str, threads: int) -> None:
     """Run one module in this process and write its rows."""
+    warnings.simplefilter("ignore")
+    rows = importlib.import_module(module).rows
     import torch
     import transformers
 
-    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
-    rows = importlib.import_module(module).rows
     known = inspect.signature(rows).parameters
     given = {k: v for k, v in {"quick": quick, "device": device}.items() if k in known}
     if device != "cpu" and "device" not in known:

@@ -12,7 +12,7 @@ clock waits for the device.
 
 The bytes that a step saves for its backward are counted in the forward: storages that autograd
 packs, and those of tensors that appeared in the forward and still live behind it (what a function
-keeps beside autograd), each once, without parameters, buffers, logits and loss.
+keeps beside autograd), each once, without parameters, buffers and the loss.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def saved_bytes(runner: Runner) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = runner.loss()
-    own = storages([*runner.model.parameters(), *runner.model.buffers(), *runner.leaves])
+    own = storages([loss, *runner.model.parameters(), *runner.model.buffers(), *runner.leaves])
     kept = storages(packed) | {a: n for a, n in storages(living()).items() if a not in before}
     del packed[:]
     del loss
