@@ -17,8 +17,7 @@ quick: $(VENV)/.dev  ## the tests that are not marked slow
 	$(BIN)/python -m pytest --numprocesses=auto --quiet -m "not slow"
 
 bench: $(VENV)/.bench  ## every number of docs/performance.md, beside PEFT; BENCH="--quick", "--only many"
-	$(BIN)/python benchmarks/run.py $(BENCH)
-	$(BIN)/python docs/performance.py
+	@$(BIN)/python benchmarks/run.py $(BENCH); status=$$?; $(BIN)/python docs/performance.py && exit $$status
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check .

@@ -11,24 +11,25 @@ run is named at the end, and the exit status is 1; a number over its bound is no
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import inspect
 import json
-import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from report import Result, Row, checked, plot, table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -42,94 +43,51 @@ MODULES = {  # each has rows(); what it measures
     "mixed": "batches of several adapters, decoding, recompilations",
     "together": "training many adapters at once",
 }
-QUICK = ROOT / "out" / "bench"  # what --quick writes, which is no result
-Row = dict[str, Any]
-Result = dict[str, Any]  # machine, measured (when and with what, by module), rows
-FIELDS: dict[str, Any] = {  # of a row: what it may be
-    "name": str,
-    "peft": (int, float, type(None)),
-    "ours": (int, float, type(None)),  # None: not measured, and "note" says why
-    "unit": str,
-    "bound": (int, float, type(None)),
+ON_GPU = ("steps", "losses", "forward", "mixed")  # what --device cuda runs; others are the CPU's
+PROMISED = {  # what a complete run must hold: module -> patterns of its rows
+    "steps": [
+        r"step / floor, width 512, fp32, dropout 0$",
+        r"step / floor, width 512, fp32, dropout 0\.05$",
+        r"step / floor, width 512, bf16, dropout 0$",
+        r"step / floor, width 512, bf16, dropout 0\.05$",
+        r"step / floor, width 1024, bf16, dropout 0$",
+        r"step / floor, width 1024, bf16, dropout 0\.05$",
+        r"LoRA step / full fine-tuning step, width 1024, bf16, without optimizer",
+        r"LoRA step / full fine-tuning step, width 1024, bf16, with AdamW",
+        r"DoRA step / LoRA step",
+        r"bytes saved for backward / floor's, .* bf16, dropout 0$",
+        r"bytes saved for backward / floor's, .* bf16, dropout 0\.05$",
+    ],
+    "losses": [
+        r"losses after .* fp32",
+        r"losses after .* bf16",
+        r"adapters after .* fp32",
+        r"adapters after .* bf16",
+    ],
+    "forward": [
+        r"one unmerged adapter / base, forward, width 256",
+        r"one unmerged adapter / base, forward, width 1024",
+    ],
+    "many": [
+        r"load (the 500th adapter|adapter 500|adapter 100) / the 1st",  # 100 in a quick run
+        r"loading 32 adapters of 224 sites",
+        r"set_adapter, 224 sites",
+        r"injection, 224 sites",
+        r"injection, .*70B",
+        r"import",
+        r"graft --help",
+    ],
+    "mixed": [
+        r"forward, 16 rows, 16 adapters",
+        r"decode, 64 rows, 64 adapters",
+        r"recompilations",
+    ],
+    "together": [
+        r"train_together, 8 adapters x 64",
+        r"train_together, 32 (adapters )?x 16",
+    ],
 }
-OPTIONAL: dict[str, Any] = {"note": str, "at_least": bool, "module": str}
-
-
-def checked(rows: Iterable[Row], module: str) -> list[Row]:
-    """The rows, with the module's name in each.
-
-    Raises:
-        ValueError: a row is not what ``FIELDS`` says, or a value is no finite number.
-    """
-    found = []
-    for row in rows:
-        for name, kind in FIELDS.items():
-            if name not in row:
-                raise ValueError(f"{module}.rows(): {row} has no {name!r}")
-            if not isinstance(row[name], kind) or isinstance(row[name], bool):
-                raise ValueError(f"{module}.rows(): {name}={row[name]!r} in {row['name']!r}")
-        if row["bound"] == math.inf:  # what bounds nothing is no bound
-            row = row | {"bound": None}
-        if unknown := set(row) - set(FIELDS) - set(OPTIONAL):
-            raise ValueError(f"{module}.rows(): {row['name']!r} has unknown {sorted(unknown)}")
-        numbers = [row[n] for n in ("peft", "ours", "bound") if row[n] is not None]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"{module}.rows(): {row['name']!r} has a value that is not finite")
-        if row["ours"] is None and not row.get("note"):
-            raise ValueError(f"{module}.rows(): {row['name']!r} was not measured; say why in note")
-        found.append(dict(row) | {"module": module})
-    if not found:
-        raise ValueError(f"{module}.rows() gave no row")
-    return found
-
-
-def verdict(row: Row) -> str:
-    """Whether a row keeps to its bound."""
-    if row["ours"] is None:
-        return "not measured"
-    if row["bound"] is None:
-        return "-"
-    within = row["ours"] >= row["bound"] if row.get("at_least") else row["ours"] <= row["bound"]
-    return "yes" if within else "NO"
-
-
-def number(value: float | None, unit: str) -> str:
-    """A value to about three digits, with its unit where that is one of measure."""
-    if value is None:
-        return "-"
-    size = abs(value)
-    if value == int(value) and unit not in ("ratio", "x"):
-        text = str(int(value))
-    elif 0.1 <= size < 1000:
-        text = f"{value:.2f}" if size < 100 else f"{value:.0f}"
-    else:
-        text = f"{value:.3g}" if size > 1e-3 else f"{value:.1e}"
-    return f"{text} {unit}" if unit in ("s", "ms", "MB") else text
-
-
-def cells(row: Row) -> list[str]:
-    """A row of the table as text."""
-    bound = number(row["bound"], row["unit"])
-    if row.get("at_least") and row["bound"] is not None:
-        bound = f"at least {bound}"
-    values = [number(row["peft"], row["unit"]), number(row["ours"], row["unit"])]
-    return [row["name"], *values, bound, verdict(row)]
-
-
-HEADER = ["row", "PEFT", "ours", "at most", "met"]
-
-
-def table(rows: Iterable[Row]) -> str:
-    """The table in Markdown, its columns aligned."""
-    lines = [HEADER, *map(cells, rows)]
-    wide = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-
-    def text(line: list[str]) -> str:
-        rest = (c.rjust(w) for c, w in zip(line[1:], wide[1:], strict=True))
-        return f"| {line[0].ljust(wide[0])} | {' | '.join(rest)} |"
-
-    rule = f"|{'-' * (wide[0] + 2)}|{''.join('-' * (w + 1) + ':|' for w in wide[1:])}"
-    return "\n".join([text(lines[0]), rule, *map(text, lines[1:])])
+QUICK = ROOT / "out" / "bench"  # what --quick writes, which is no result
 
 
 def processor() -> str:
@@ -153,13 +111,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def git(*words: str) -> str:
+    """What git says; nothing where there is none, or no repository."""
+    if not shutil.which("git"):
+        return ""
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def commit() -> str:
-    """The commit of this tree; "+" where files of it have been changed since."""
-    run: Callable[..., str] = lambda *a: subprocess.run(  # noqa: E731
-        ["git", "-C", str(ROOT), *a], capture_output=True, text=True
-    ).stdout.strip()
-    changed = run("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py")
-    return (run("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    """The commit of this tree; "+" where the code has been changed since."""
+    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
@@ -190,8 +153,6 @@ def child(module: str, out: Path, quick: bool, device: str, threads: int) -> Non
     torch.set_num_threads(threads)
     known = inspect.signature(rows).parameters
     given = {k: v for k, v in {"quick": quick, "device": device}.items() if k in known}
-    if device != "cpu" and "device" not in known:
-        raise SystemExit(f"{module}.rows() takes no device: it measures CPUs only")
     out.write_text(json.dumps(checked(rows(**given), module)), encoding="utf-8")
 
 
@@ -212,6 +173,8 @@ def collect(
             command = [sys.executable, __file__, "--child", module, str(out)]
             command += ["--device", device, "--threads", str(threads), *["--quick"][: int(quick)]]
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            if device == "cpu":
+                environment["CUDA_VISIBLE_DEVICES"] = ""
             done = subprocess.run(command, env=environment)
             if done.returncode or not out.exists():
                 wrong.append(f"{module}: ended with status {done.returncode}, see above")
@@ -219,91 +182,15 @@ def collect(
             found = json.loads(out.read_text(encoding="utf-8"))
         print(f"{table(found)}\n({time.perf_counter() - began:.0f} s)\n", flush=True)
         rows += found
+        if device == "cpu":
+            wrong += [f"{module}: no row is {text!r}" for text in lacking(module, found)]
     return rows, wrong
 
 
-def digest(rows: list[Row]) -> str:
-    """A mark of the rows, by which a plot names the data that it shows."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def times_the_bound(row: Row, who: str) -> float:
-    """How many times its bound a value is; below 1 is within, also where more is better."""
-    value, bound = row[who], row["bound"]
-    return float(bound / value if row.get("at_least") else value / bound)
-
-
-COLOURS = {"peft": "#b8b8b8", "ours": "#2b6ca3"}
-LABELS = {"peft": "PEFT", "ours": "graftwork"}
-LEFT = 0.01  # where logarithmic bars begin: what is still smaller shows as a stub
-
-
-def bars(axes: Any, rows: list[Row], value: Callable[[Row, str], float], left: float) -> None:
-    """Two bars a row, each with its figure at its foot, or behind it where it is too short."""
-    largest = max(value(r, w) for r in rows for w in COLOURS if r[w] is not None)
-    largest = max(largest, 1.0) * 1.15
-    for i, row in enumerate(rows):
-        for who, offset in (("peft", 0.2), ("ours", -0.2)):
-            if row[who] is None:
-                continue
-            end = max(value(row, who), left)
-            axes.barh(i + offset, end - left, 0.38, left=left, color=COLOURS[who])
-            share = end / largest if left == 0 else math.log(end / left) / math.log(largest / left)
-            axes.annotate(
-                number(row[who], row["unit"]), (left if share > 0.12 else end, i + offset),
-                xytext=(3, 0), textcoords="offset points", va="center", fontsize=8,
-                color="white" if who == "ours" and share > 0.12 else "black",
-            )  # fmt: skip
-        at = row["bound"] if left == 0 else 1.0
-        axes.plot([at, at], [i - 0.42, i + 0.42], color="#c0392b", linewidth=2)
-    if left:
-        axes.set_xscale("log")
-    axes.set_xlim(left, largest)
-    axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_yticks(range(len(rows)), [f"{r['name']}  ({cells(r)[3]})" for r in rows])
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def plot(result: Result, path: Path) -> None:
-    """Bars of every row that has a bound: small ratios as they are, others in bounds.
-
-    Args:
-        result: what ``main`` writes.
-        path: where to, an SVG; it names the rows that it shows by their ``digest``.
-    """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "graftwork", "font.size": 9}
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    rows = [r for r in result["rows"] if r["ours"] and r["bound"]][::-1]
-    ratios = [r for r in rows if r["unit"] in ("ratio", "x") and r["bound"] > 0.5]
-    ratios = [r for r in ratios if not r.get("at_least")]
-    others = [r for r in rows if r not in ratios]
-    parts = [part for part in (ratios, others) if part]
-    if not parts:
-        raise SystemExit("no row with a bound was measured: nothing to plot (--no-plot)")
-    figure, panels = plt.subplots(
-        len(parts), figsize=(10, 1.6 + 0.42 * len(rows)), squeeze=False, layout="constrained",
-        height_ratios=[len(part) + 0.8 for part in parts],
-    )  # fmt: skip
-    for axes, part in zip(panels[:, 0], parts, strict=True):
-        if part is ratios:
-            bars(axes, part, lambda r, who: float(r[who]), 0.0)
-            axes.set_xlabel("ratio, as the row says; less is better")
-        else:
-            bars(axes, part, times_the_bound, LEFT)
-            axes.set_xlabel("in multiples of the bound, logarithmic; less is better")
-    legend = [Patch(color=COLOURS[who], label=LABELS[who]) for who in COLOURS]
-    legend.append(Patch(color="#c0392b", label="bound"))
-    figure.legend(handles=legend, loc="outside upper right", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Description": digest(result["rows"])}
-                   if path.suffix == ".svg" else None)  # fmt: skip
-    plt.close(figure)
+def lacking(module: str, rows: Iterable[Row]) -> list[str]:
+    """What is promised of a module, and no row of it is."""
+    names = [row["name"] for row in rows]
+    return [p for p in PROMISED.get(module, []) if not any(re.search(p, n) for n in names)]
 
 
 def write(result: Result, path: Path) -> None:
@@ -330,6 +217,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--name", help="of the result's file; the CPU's or GPU's name otherwise")
+    parser.add_argument(
+        "--commit", help="what is measured, in a copy without git", default=commit()
+    )
     parser.add_argument("--no-plot", action="store_true", help="matplotlib is not needed then")
     parser.add_argument("--plot-only", metavar="FILE", help="draw one of benchmarks/results again")
     parser.add_argument("--child", nargs=2, metavar=("NAME", "OUT"), help=argparse.SUPPRESS)
@@ -346,11 +236,14 @@ def main() -> None:
         data = RESULTS / args.plot_only
         plot(json.loads(data.read_text(encoding="utf-8")), PLOTS / f"{data.stem}.svg")
         return
-    rows, wrong = collect(args.only or MODULES, args.quick, args.device, args.threads)
+    modules = args.only or (MODULES if args.device == "cpu" else ON_GPU)
+    if args.device != "cpu" and (cpu_only := sorted(set(modules) - set(ON_GPU))):
+        raise SystemExit(f"{', '.join(cpu_only)}: these measure CPUs only; leave out --device cuda")
+    rows, wrong = collect(modules, args.quick, args.device, args.threads)
     if rows:
         here = machine(args.device, args.threads)
         name = args.name or re.sub(r"\W+", "-", here.get("gpu", here["cpu"]).lower()).strip("-")
-        of = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": commit()}
+        of = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "commit": args.commit}
         measured = {row["module"]: of | {"versions": versions()} for row in rows}
         result = {"machine": here, "measured": measured, "rows": rows}
         data = (QUICK if args.quick else RESULTS) / f"{name}.json"

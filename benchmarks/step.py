@@ -296,15 +296,18 @@ def inner(tensor: Tensor) -> list[Tensor]:
 
 
 def living() -> list[Tensor]:
-    """Every tensor that Python knows."""
+    """Every dense tensor that Python knows."""
     gc.collect()
-    return [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+    found = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # those have no storage
+    return [t for t in found if t.layout is torch.strided and not wrapped(t)]
 
 
 def saved_bytes(runner: Runner) -> int:
     """What a forward keeps for its backward, in bytes (the module's docstring says how)."""
     runner.loss()  # what is made once, a table of positions or a pool of bits, is no step's
-    before = storages(living())
+    there = living()  # kept alive, so that nothing new comes to lie where they do
+    before = storages(there)
     packed: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -316,7 +319,7 @@ def saved_bytes(runner: Runner) -> int:
     own = storages([loss, *runner.model.parameters(), *runner.model.buffers(), *runner.leaves])
     kept = storages(packed) | {a: n for a, n in storages(living()).items() if a not in before}
     del packed[:]
-    del loss
+    del loss, there
     return sum(n for a, n in kept.items() if a not in own)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import step
 
 CHOSEN = [v for v in step.USUAL if v != "peft-dora"]  # at every shape; DoRA's where it counts
-WITHOUT_UNIT = "not measured: this CPU has no unit for bf16"
+WITHOUT_UNIT = "this CPU has no unit for bf16"
 # (width, dtype): at most so much of the floor, without and with dropout
 FLOORS = {
     (512, "float32"): (1.10, 1.20),

@@ -17,7 +17,8 @@ PAGE, PLOTS = HERE / "performance.md", HERE / "performance"
 RESULTS = HERE.parent / "benchmarks" / "results"
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 
-import run  # noqa: E402  (it is in benchmarks/)
+import report  # noqa: E402  (both are in benchmarks/)
+import run  # noqa: E402
 
 
 def when(measured: dict[str, Any]) -> list[str]:
@@ -40,7 +41,7 @@ def section(path: Path) -> str:
     """
     result = json.loads(path.read_text(encoding="utf-8"))
     plot = PLOTS / f"{path.stem}.svg"
-    mark = run.digest(result["rows"])
+    mark = report.digest(result["rows"])
     if not plot.exists() or mark not in plot.read_text(encoding="utf-8"):
         remedy = f"python benchmarks/run.py --plot-only {path.name}"
         raise SystemExit(f"docs/performance/{plot.name} does not show {path.name}; run: {remedy}")
@@ -52,7 +53,7 @@ def section(path: Path) -> str:
     if missing:
         lines.append(f"- not run there: {', '.join(missing)}")
     notes = sorted({row["note"] for row in result["rows"] if row.get("note")})
-    lines += ["", run.table(result["rows"]), ""]
+    lines += ["", report.table(result["rows"]), ""]
     lines += [f"- {note}" for note in notes] + [""] * bool(notes)
     lines += [f"![{title}: every row beside its bound](performance/{plot.name})", ""]
     return "\n".join(lines)

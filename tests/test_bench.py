@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import report
 import run
 import step
 import steps
@@ -29,8 +30,10 @@ RESULT = {
 
 def test_rows_are_well_formed() -> None:
     unknown = ROW | {"ours": None, "note": "no unit"}
-    assert run.checked([ROW, unknown], "many") == [r | {"module": "many"} for r in (ROW, unknown)]
-    (unbound,) = run.checked([ROW | {"bound": float("inf")}], "many")
+    assert report.checked([ROW, unknown], "many") == [
+        r | {"module": "many"} for r in (ROW, unknown)
+    ]
+    (unbound,) = report.checked([ROW | {"bound": float("inf")}], "many")
     assert unbound["bound"] is None and ROW["bound"] == 1.1
 
 
@@ -48,7 +51,7 @@ def test_rows_are_well_formed() -> None:
 )
 def test_a_malformed_row_is_refused(row: dict[str, Any] | None, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        run.checked([] if row is None else [row], "many")
+        report.checked([] if row is None else [row], "many")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_a_malformed_row_is_refused(row: dict[str, Any] | None, why: str) -> Non
     ],
 )
 def test_the_verdict(change: dict[str, Any], said: str) -> None:
-    assert run.verdict(ROW | change) == said
+    assert report.verdict(ROW | change) == said
 
 
 def test_the_table() -> None:
@@ -75,7 +78,7 @@ def test_the_table() -> None:
         ROW | {"name": "losses", "peft": 1.53e-7, "bound": 1e-5, "unit": "relative difference"},
         ROW | {"name": "recompilations", "peft": 31, "ours": 0, "bound": 0, "unit": "count"},
     ]
-    assert run.table(rows) == (
+    assert report.table(rows) == (
         "| row            |    PEFT |      ours |       at most | met |\n"
         "|----------------|--------:|----------:|--------------:|----:|\n"
         "| a              |    2.00 |      1.00 |          1.10 | yes |\n"
@@ -90,8 +93,8 @@ def test_a_result_comes_back_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "results" / "a.json"
     run.write(RESULT, path)
     back = json.loads(path.read_text())
-    assert back == RESULT and run.digest(back["rows"]) == run.digest(RESULT["rows"])
-    assert run.digest([ROW]) != run.digest([ROW | {"ours": 1.01}])
+    assert back == RESULT and report.digest(back["rows"]) == report.digest(RESULT["rows"])
+    assert report.digest([ROW]) != report.digest([ROW | {"ours": 1.01}])
 
 
 def test_a_run_of_some_modules_keeps_the_rows_of_others(tmp_path: Path) -> None:
@@ -126,17 +129,37 @@ def test_what_cannot_run_is_named(
 
 
 def test_a_module_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    threads, given = torch.get_num_threads(), []
+    given: list[bool] = []
 
     def rows(quick: bool = False) -> list[dict[str, Any]]:
         given.append(quick)
         return [ROW]
 
     monkeypatch.setitem(sys.modules, "many", SimpleNamespace(rows=rows))
-    run.child("many", tmp_path / "out", True, "cpu", threads)
+    monkeypatch.setattr(step.transformers.logging, "set_verbosity_error", lambda: None)
+    run.child("many", tmp_path / "out", True, "cpu", torch.get_num_threads())
     assert json.loads((tmp_path / "out").read_text()) == RESULT["rows"] and given == [True]
-    with pytest.raises(SystemExit, match="takes no device: it measures CPUs only"):
-        run.child("many", tmp_path / "out", True, "cuda", threads)
+
+
+def test_what_is_promised_and_not_there_is_named() -> None:
+    names = ["forward, 16 rows, 16 adapters, 64 tokens", "decode, 64 rows, 64 adapters of ranks"]
+    assert run.lacking("mixed", [ROW | {"name": name} for name in names]) == ["recompilations"]
+    assert run.lacking("less", []) == []
+    of = [row for at in steps.FLOORS for row in steps.of_a_shape(None, *at)]
+    assert run.lacking("steps", of) == []
+    assert set(run.PROMISED) <= set(run.MODULES)
+
+
+def test_speed_ups_are_the_better_the_larger() -> None:
+    rows = report.checked([ROW | {"ours": 3.5, "bound": 3.0}, ROW | {"bound": None}], "together")
+    assert [report.verdict(row) for row in rows] == ["yes", "-"]
+    assert report.times_the_bound(rows[0], "ours") == 3.0 / 3.5
+
+
+def test_what_measures_cpus_does_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cuda", "--only", "many", "steps"])
+    with pytest.raises(SystemExit, match="many: these measure CPUs only; leave out --device cuda"):
+        run.main()
 
 
 def test_the_machine_and_the_versions_are_named() -> None:
@@ -164,7 +187,7 @@ def test_committed_results_are_well_formed() -> None:
     for path in run.RESULTS.glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
-            run.checked([row], row["module"])
+            report.checked([row], row["module"])
             assert row["module"] in result["measured"], path.name
 
 
@@ -177,12 +200,12 @@ def test_a_section_shows_its_data(
     run.write(RESULT, data)
     with pytest.raises(SystemExit, match=r"mine\.svg does not show mine\.json; run: python"):
         performance["section"](data)
-    plot.write_text(run.digest([ROW]), encoding="utf-8")  # of other rows
+    plot.write_text(report.digest([ROW]), encoding="utf-8")  # of other rows
     with pytest.raises(SystemExit, match="does not show"):
         performance["section"](data)
-    plot.write_text(run.digest(RESULT["rows"]), encoding="utf-8")
+    plot.write_text(report.digest(RESULT["rows"]), encoding="utf-8")
     text = performance["section"](data)
-    assert run.table(RESULT["rows"]) in text and "### A CPU (`mine`)" in text
+    assert report.table(RESULT["rows"]) in text and "### A CPU (`mine`)" in text
     assert "measured 2026-01-02 at commit abc with torch 2" in text
     assert "not run there: steps, losses" in text and "(performance/mine.svg)" in text
     with pytest.raises(SystemExit, match="<!-- results --> or <!-- end --> is missing"):
@@ -214,7 +237,7 @@ def test_the_rows_of_a_shape() -> None:
     result = step.Result(TINY, times, {name: i for i, name in enumerate(step.SAVING, 1)})
     rows = {r["name"]: r for r in steps.of_a_shape(result, 512, "bfloat16")}
     rows |= {r["name"]: r for r in steps.of_a_shape(result, 1024, "bfloat16")}
-    run.checked(rows.values(), "steps")
+    report.checked(rows.values(), "steps")
     at = {name: times[name][0] for name in times}
     dropped = rows["step / floor, width 512, bf16, dropout 0.05"]
     assert dropped["peft"] == at["peft-dropout"] / at["floor"] and dropped["bound"] == 1.35
@@ -227,7 +250,7 @@ def test_the_rows_of_a_shape() -> None:
     assert saved["ours"] == result.saved_ratio("ours") and saved["bound"] == 1.25
     empty = steps.of_a_shape(None, 512, "bfloat16")
     assert [r["name"] for r in empty] == [n for n in rows if "width 512" in n]
-    assert {run.verdict(r) for r in run.checked(empty, "steps")} == {"not measured"}
+    assert {report.verdict(r) for r in report.checked(empty, "steps")} == {"not measured"}
 
 
 def test_rounds_rotate() -> None:
