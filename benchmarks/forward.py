@@ -13,7 +13,7 @@ import torch
 
 import step
 
-BOUNDS = {256: 1.10, 1024: 1.05}
+BOUNDS = {256: 1.10, 1024: 1.05}  # on a CPU; a GPU only waits at such sizes
 
 
 def forwards(at: step.Shape, rounds: int) -> dict[str, list[float]]:
@@ -45,7 +45,7 @@ def rows(quick: bool = False, device: str = "cpu") -> list[dict[str, Any]]:
                     "peft": step.ratio(times, "peft", "floor"),
                     "ours": step.ratio(times, "ours", "floor"),
                     "unit": "ratio",
-                    "bound": bound,
+                    "bound": bound if device == "cpu" else None,
                 }
             )
     return found

@@ -66,14 +66,14 @@ def of_a_shape(result: step.Result | None, width: int, dtype: str) -> list[dict[
         row(f"step / floor, {where}, dropout 0.05", *both("-dropout"), dropped),
     ]
     if width > 512:
-        bounds = (0.80, 0.65) if dtype == "bfloat16" else (None, None)
+        bounds = (0.80, 0.65) if (width, dtype) == (1024, "bfloat16") else (None, None)
         name = f"LoRA step / full fine-tuning step, {where}"
         found += [
             row(f"{name}, without optimizer", *both("", "full"), bounds[0]),
             row(f"{name}, with AdamW", *both("+adamw", "full+adamw"), bounds[1]),
         ]
     found.append(row(f"DoRA step / LoRA step, {where}", *both("-dora", "ours"), 1.15))
-    if width == 512 or width == 2048:
+    if width in (512, 2048):
         bounds = (1.25, 1.30) if dtype == "bfloat16" else (None, None)
         for of, dropout, bound in (("", "0", bounds[0]), ("-dropout", "0.05", bounds[1])):
             pair = [result.saved_ratio(f"{lib}{of}") if result else None for lib in LIBRARIES]
