@@ -9,7 +9,7 @@ from typing import Any
 
 import step
 
-CHOSEN = [v for v in step.USUAL if v != "peft-dora"]  # at every shape; DoRA's where it counts
+LIBRARIES = ("peft", "ours")
 WITHOUT_UNIT = "this CPU has no unit for bf16"
 # (width, dtype): at most so much of the floor, without and with dropout
 FLOORS = {
@@ -44,7 +44,7 @@ def rows(quick: bool = False, device: str = "cpu") -> list[dict[str, Any]]:
         if unit or dtype == "float32":
             smaller = {"layers": 2, "rows": 2} if quick else {}
             shape = step.shape(width, dtype, device, **smaller)
-            result = step.measure(shape, 3 if quick else 9, [*CHOSEN, "peft-dora"])
+            result = step.measure(shape, 3 if quick else 9, step.USUAL)
             print(step.table(result), flush=True)
         found += of_a_shape(result, width, dtype)
     return found
@@ -81,6 +81,3 @@ def of_a_shape(result: step.Result | None, width: int, dtype: str) -> list[dict[
                 row(f"bytes saved for backward / floor's, {where}, dropout {dropout}", *pair, bound)
             )
     return found
-
-
-LIBRARIES = ("peft", "ours")
