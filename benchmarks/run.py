@@ -90,16 +90,6 @@ PROMISED = {  # what a complete run must hold: module -> patterns of its rows
 QUICK = ROOT / "out" / "bench"  # what --quick writes, which is no result
 
 
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = re.findall(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.M)
-    return names[0].strip() if names else platform.machine()
-
-
 def versions() -> dict[str, str]:
     """Of what was measured, and of what it stands on."""
     found = {"python": platform.python_version()}
@@ -132,7 +122,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     import step
 
     found = {
-        "cpu": processor(),
+        "cpu": step.processor(),
         "vector unit": torch.backends.cpu.get_cpu_capability(),
         "bf16 units": ", ".join(step.bf16_units()) or "none",
         "cores": os.cpu_count(),

@@ -23,6 +23,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -379,6 +380,16 @@ PAIRS = [
 ]  # fmt: skip
 
 
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = re.findall(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.M)
+    return names[0].strip() if names else platform.machine()
+
+
 def bf16_units() -> list[str]:
     """The units of this CPU that multiply bf16; without one, ratios in bf16 mean nothing."""
     known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
@@ -433,7 +444,7 @@ def main() -> None:
     widths = args.width or ([512, 1024] if args.device == "cpu" else [2048])
     dtypes = args.dtype or (["float32", "bfloat16"] if args.device == "cpu" else ["bfloat16"])
     shapes = [shape(width, dtype, args.device, **more) for width in widths for dtype in dtypes]
-    where = platform.processor() if args.device == "cpu" else torch.cuda.get_device_name()
+    where = processor() if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {where}, {args.threads} threads, {args.rounds} rounds")
     warn_of_bf16(shapes)
     results = []
