@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StateError, did_you_mean
+from ..fast.flags import Flags
 from .rows import tensors_in
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Switch:
         self.merged: tuple[str, ...] = ()  # what is merged into the whole model, the lowest first
         self.before_merge: tuple[str, ...] = ()  # what was active before
         self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
+        self.flags = Flags()  # which adapters train
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())

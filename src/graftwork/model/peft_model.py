@@ -14,6 +14,7 @@ from torch import nn
 from ..config import PeftConfig, PeftType, TaskType
 from ..engine.inject import switch_of
 from ..engine.root import Grafted
+from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
 from ..files.codec import LoadReport
 from . import storage
@@ -49,6 +50,7 @@ class PeftModel(Reports, Updating):
     ) -> None:
         super().__init__()
         model = _unwrapped(model, adapter_name)
+        checkpointing = _checkpointing(model)
         peft_config = copy(peft_config)
         peft_config.task_type = peft_config.task_type or self.TASK
         if peft_config.task_type is None and peft_config.auto_mapping is None:
@@ -66,8 +68,9 @@ class PeftModel(Reports, Updating):
             **options,
         )
         self.config = getattr(model, "config", {"model_type": "custom"})
-        self.train(model.training)
-        _prepare_checkpointing(model)
+        self.training = self.base_model.training = model.training
+        if checkpointing:  # let gradients flow out of frozen embeddings
+            model.enable_input_require_grads()  # type: ignore[operator]
         from ..interop.transformers import recognise
 
         recognise()
@@ -327,8 +330,8 @@ class PeftModel(Reports, Updating):
             if new:
                 self.base_model.delete_adapter(adapter_name)
             raise
-        if not is_trainable:
-            self.eval()
+        if not is_trainable and any(m.training for _, m in walk(self)):
+            self.eval()  # which visits every part of every adapter
         return found
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -380,10 +383,10 @@ def _refuse_offload(wanted: bool) -> None:
         )
 
 
-def _prepare_checkpointing(model: nn.Module) -> None:
-    """Checkpointing that was on before: let gradients flow out of frozen embeddings."""
+def _checkpointing(model: nn.Module) -> bool:
+    """Whether checkpointing was on before, in a model of transformers; asked while there are no
+    hosts, through which it would look.
+    """
     new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
     on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
-    enable: Any = getattr(model, "enable_input_require_grads", None)
-    if on and enable is not None:
-        enable()
+    return bool(on) and hasattr(model, "enable_input_require_grads")

@@ -26,6 +26,7 @@ class Match:
 
     def __init__(self, offer: Offer, config: TargetConfig) -> None:
         self.offer, self.config = offer, config
+        self.places: dict[str, list[Target]] = {}  # what a path stands for, once it is known
 
     def targets(self) -> list[Target]:
         """The places that the config means, in the model's order.
@@ -127,7 +128,9 @@ class Match:
         return []
 
     def _places(self, path: str) -> list[Target]:
-        return self.config.places(self.offer, path)
+        if path not in self.places:
+            self.places[path] = self.config.places(self.offer, path)
+        return self.places[path]
 
     def _parameters(self) -> list[Target]:
         found, offered = [], self.offer.parameters()
