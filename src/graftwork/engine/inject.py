@@ -66,12 +66,15 @@ def inject(
     check_name(name, switch.configs)
     _need_unmerged(model)
     config = copy.deepcopy(config)
+    trainable = None
+    if not switch.configs:
+        trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
     with replicated(model, config, switch):
         slots = plan(Offer(model), config)
         built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
-    if not switch.configs:
-        switch.trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+    if trainable is not None:
+        switch.trainable = trainable
         model.requires_grad_(False)
     _place(model, name, built, meta)
     switch.configs[name] = config

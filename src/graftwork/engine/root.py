@@ -90,7 +90,7 @@ class Grafted(nn.Module):
         switch = self.switch
         now = switch.current()
         context: dict[str, Any] = {}
-        for config in switch.configs.values():
+        for config in list(switch.configs.values()):  # other threads may load more
             context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
         for name in self.preparing(names or now.active) if once else ():
             context |= switch.configs[name].before(self, name, args, kwargs)

@@ -51,7 +51,7 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The parts of all adapters with the adapters' names."""
     for host in hosts(model).values():
         for name, own in host.adapters._modules.items():
-            yield from ((name, part) for part in own.children())  # type: ignore[union-attr]
+            yield from ((name, part) for part in own.children())
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +41,6 @@ VARIANTS = {
 PENALTIES = {"_get_kasa_loss": "kasa_config", "_get_monteclora_loss": "monteclora_config"}
 RESHAPED = ("use_qalora", "use_bdlora")  # variants whose factors have shapes of their own
 PLAIN_STARTS = ("true", "false", "gaussian")
-
-
-@cache
-def _class(where: str) -> type[Adapter]:
-    module, _, name = where.partition(":")
-    found: type[Adapter] = getattr(import_module(f".{module}", __package__), name)
-    return found
 
 
 @dataclass
@@ -126,7 +118,10 @@ class LoraConfig(TargetConfig, method="LORA", peft="all"):
     def adapter(self) -> type[Adapter]:
         if self.ADAPTER:  # of a class that builds on this one
             return super().adapter()
-        return _class(VARIANTS[self.variant] if self.variant else "lora:LoRA")
+        where = VARIANTS[self.variant] if self.variant else "lora:LoRA"
+        module, _, name = where.partition(":")
+        found: type[Adapter] = getattr(import_module(f".{module}", __package__), name)
+        return found
 
     def prepares(self) -> bool:
         return self.variant == "alora_invocation_tokens"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,10 +16,12 @@ from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
-from ..files.codec import LoadReport
-from . import storage
+from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 from .report import Reports
 from .updating import Updating
+
+if TYPE_CHECKING:
+    from ..files.codec import LoadReport
 
 
 class PeftModel(Reports, Updating):
@@ -48,9 +50,11 @@ class PeftModel(Reports, Updating):
         low_cpu_mem_usage: bool = False,
         **options: Any,
     ) -> None:
+        from ..interop.transformers import checkpointing, recognise
+
         super().__init__()
         model = _unwrapped(model, adapter_name)
-        checkpointing = _checkpointing(model)
+        checkpointed = checkpointing(model)
         peft_config = copy(peft_config)
         peft_config.task_type = peft_config.task_type or self.TASK
         if peft_config.task_type is None and peft_config.auto_mapping is None:
@@ -69,10 +73,8 @@ class PeftModel(Reports, Updating):
         )
         self.config = getattr(model, "config", {"model_type": "custom"})
         self.training = self.base_model.training = model.training
-        if checkpointing:  # let gradients flow out of frozen embeddings
+        if checkpointed:  # let gradients flow out of frozen embeddings
             model.enable_input_require_grads()  # type: ignore[operator]
-        from ..interop.transformers import recognise
-
         recognise()
 
     @classmethod
@@ -82,7 +84,7 @@ class PeftModel(Reports, Updating):
         nn.Module.__init__(self)
         self.base_model = Grafted.around(model)
         self.config = getattr(model, "config", {"model_type": "custom"})
-        self.train(model.training)
+        self.training = self.base_model.training = model.training
         return self
 
     # -- state
@@ -240,6 +242,8 @@ class PeftModel(Reports, Updating):
             warn(f"{text} writes safetensors")
         if is_main_process:
             plain = path_initial_model_for_weight_conversion is not None
+            from . import storage
+
             storage.save(
                 self,
                 save_directory,
@@ -283,6 +287,7 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
+        from . import storage
         from .tasks import class_for
 
         _refuse_offload(ephemeral_gpu_offload)
@@ -317,6 +322,8 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
+        from . import storage
+
         _refuse_offload(ephemeral_gpu_offload)
         loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
         new = adapter_name not in self.peft_config
@@ -336,10 +343,14 @@ class PeftModel(Reports, Updating):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
+        from . import storage
+
         return storage.push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
+        from . import storage
+
         storage.model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
@@ -381,12 +392,3 @@ def _refuse_offload(wanted: bool) -> None:
             "ephemeral_gpu_offload is not available: adapters stay where their layer is. Leave it "
             "out"
         )
-
-
-def _checkpointing(model: nn.Module) -> bool:
-    """Whether checkpointing was on before, in a model of transformers; asked while there are no
-    hosts, through which it would look.
-    """
-    new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
-    on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
-    return bool(on) and hasattr(model, "enable_input_require_grads")
