@@ -80,7 +80,8 @@ def inject(
     switch.configs[name] = config
     if built.shared is not None:
         switch.shared[name] = built.shared
-    switch.activate(switch.active or (name,))
+    if trainable is not None:
+        switch.activate((name,))
     trains = not config.inference_mode and name in switch.active
     switch.flags.write((name,), trains, partial(parts, model))
     _follow(switch, name, config, built)

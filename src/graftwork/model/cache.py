@@ -196,12 +196,16 @@ class AdapterCache:
     def _load(self, name: str) -> bool:
         """Load an adapter, unless another thread does so while this one waits for room."""
         where = self._where(name)
-        switch, active = self.model.base_model.switch, self.model.base_model.switch.active
         self._make_room(name, self._file_size(where))
         if name in self.model.peft_config:
             return False
-        self.model.load_adapter(where, name, **self.options)
-        switch.activate(active)  # the first adapter of a model would be active
+        switch = self.model.base_model.switch
+        active, enabled = switch.active, switch.enabled
+        switch.activate(enabled=enabled and bool(active))  # a model's first adapter is active
+        try:
+            self.model.load_adapter(where, name, **self.options)
+        finally:
+            switch.activate(active, enabled)
         self._sizes[name] = size = self._size(name)
         if self.max_bytes is not None and size > self.max_bytes:
             self._drop(name)
