@@ -27,6 +27,7 @@ from graftwork import (
 )
 from graftwork.engine import inject as injection
 from graftwork.engine import tree
+from graftwork.engine.host import Host
 from graftwork.files import codec, mapped
 from graftwork.model.functional import inject_adapter_in_model, set_adapter
 
@@ -99,6 +100,13 @@ class Visits:
             monkeypatch.setattr(f"graftwork.{name}.walk", walked)
         monkeypatch.setattr(nn.Module, "named_modules", lambda *a, **k: counted(named(*a, **k)))
         monkeypatch.setattr(mapped, "safe_open", open_file)
+        parts_of = Host.parts_of
+
+        def asked(*args: Any) -> Any:
+            self.modules += 1
+            return parts_of(*args)
+
+        monkeypatch.setattr(Host, "parts_of", asked)
 
     def of(self, run: Any) -> int:
         before = self.modules
@@ -118,6 +126,12 @@ def test_loading_visits_as_many_modules_for_the_last_adapter_as_for_the_second(
     assert counts[0] > 0 and set(counts) == {counts[0]}
     sites, modules = len(tree.hosts(model)), sum(1 for _ in tree.walk(model))
     assert counts[0] < 12 * modules + 8 * sites
+    again = [visits.of(lambda: model.load_adapter(shelf / "c", "b0"))]
+    swapped = [visits.of(lambda: model.hotswap_adapter(shelf / "d", "b0"))]
+    deleted = [visits.of(lambda: model.delete_adapter(f"b{i}")) for i in range(6, 12)]  # noqa: B023
+    again.append(visits.of(lambda: model.load_adapter(shelf / "c", "b0")))
+    swapped.append(visits.of(lambda: model.hotswap_adapter(shelf / "d", "b0")))
+    assert len(set(again)) == len(set(swapped)) == len(set(deleted)) == 1
 
 
 def test_loading_opens_a_file_once(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

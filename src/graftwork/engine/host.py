@@ -156,8 +156,9 @@ class Host(nn.Module):
         parts = self.adapters._modules  # not through ModuleDict, to which "keys" is no name
         parts.setdefault(name, nn.ModuleDict())._modules[key] = part.train(self.training)
         self.switch.flags.add(name, part)
-        if isinstance(part, Adapter) and type(part).hides is not Adapter.hides:
-            self.switch.flags.hiding.add(name)
+        if isinstance(part, Adapter):
+            hides = type(part).hides is not Adapter.hides
+            self.switch.flags.note(name, hides, part.reads)
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The parameters that would do what the base and these adapters do, in fp32 or better."""

@@ -66,22 +66,20 @@ def inject(
     check_name(name, switch.configs)
     _need_unmerged(model)
     config = copy.deepcopy(config)
-    trainable = None
-    if not switch.configs:
-        trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+    first = not switch.configs
+    trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
     with replicated(model, config, switch):
         slots = plan(Offer(model), config)
         built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
-    if trainable is not None:
-        switch.trainable = trainable
+    if first:
+        switch.trainable = frozenset(trainable)
         model.requires_grad_(False)
     _place(model, name, built, meta)
     switch.configs[name] = config
     if built.shared is not None:
         switch.shared[name] = built.shared
-    if trainable is not None:
-        switch.activate((name,))
+    switch.activate((name,) if first else None)
     trains = not config.inference_mode and name in switch.active
     switch.flags.write((name,), trains, partial(parts, model))
     _follow(switch, name, config, built)

@@ -17,17 +17,24 @@ class Flags:
     def __init__(self) -> None:
         self.trains: set[str] = set()  # the adapters that somebody has unfrozen
         self.hiding: set[str] = set()  # those with parts that may take the effect from others
+        self.reading: set[str] = set()  # those with parts that follow from others
         self.tables: dict[str, list[Table]] | None = {}  # None: to be found again
 
     def __getstate__(self) -> dict[str, Any]:
         # the tables are those of a model: a copy of it, or of a part of it, has others
-        return {"trains": set(self.trains), "hiding": set(self.hiding), "tables": None}
+        known = {key: set(value) for key, value in vars(self).items() if key != "tables"}
+        return {**known, "tables": None}
 
     def add(self, name: str, part: nn.Module) -> None:
         """Know of one more part of an adapter."""
         if self.tables is not None:
             own = [m._parameters for m in part.modules() if m._parameters]
             self.tables.setdefault(name, []).extend(own)
+
+    def note(self, name: str, hides: bool, reads: bool) -> None:
+        """Remember what an adapter's part may do to others, or others to it."""
+        self.hiding |= {name} if hides else set()
+        self.reading |= {name} if reads else set()
 
     def forget(self) -> None:
         """Parts of some adapters are gone: find all of them again when they are needed."""
@@ -36,14 +43,14 @@ class Flags:
     def drop(self, names: Iterable[str]) -> None:
         """Adapters are gone."""
         for name in names:
-            self.trains.discard(name)
-            self.hiding.discard(name)
+            for group in (self.trains, self.hiding, self.reading):
+                group.discard(name)
             if self.tables is not None:
                 self.tables.pop(name, None)
 
     def rename(self, old: str, new: str) -> None:
         """An adapter has another name."""
-        for group in (self.trains, self.hiding):
+        for group in (self.trains, self.hiding, self.reading):
             if old in group:
                 group.remove(old)
                 group.add(new)

@@ -241,18 +241,11 @@ class PeftModel(Reports, Updating):
                 raise ValueError(f"{text} is refused. Leave it out")
             warn(f"{text} writes safetensors")
         if is_main_process:
-            plain = path_initial_model_for_weight_conversion is not None
             from . import storage
 
-            storage.save(
-                self,
-                save_directory,
-                selected_adapters,
-                save_embedding_layers,
-                plain,
-                kwargs.get("state_dict"),
-                compat,
-            )
+            plain = path_initial_model_for_weight_conversion is not None
+            options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
+            storage.save(self, save_directory, selected_adapters, *options)
 
     @classmethod
     def from_pretrained(
