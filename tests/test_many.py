@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -28,8 +29,10 @@ from graftwork import (
 from graftwork.engine import inject as injection
 from graftwork.engine import tree
 from graftwork.engine.host import Host
+from graftwork.fast.pause import uncollected
 from graftwork.files import codec, mapped
 from graftwork.model.functional import inject_adapter_in_model, set_adapter
+from graftwork.patterns import pattern_matches, patterns
 
 CONFIG = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 IDS = torch.arange(12).reshape(3, 4)
@@ -353,6 +356,41 @@ def test_injecting_visits_each_module_a_few_times(monkeypatch: pytest.MonkeyPatc
     visits = Visits(monkeypatch)
     made = visits.of(lambda: injection.inject(base, LoraConfig(**CONFIG), "a"))
     assert made < 18 * modules
+
+
+def test_nothing_is_drawn_for_an_adapter_that_is_left_on_meta() -> None:
+    base = tiny.build("llama")
+    random = torch.get_rng_state()
+    model = get_peft_model(base, LoraConfig(r=2), low_cpu_mem_usage=True)
+    assert all(p.is_meta for n, p in model.named_parameters() if ".adapters." in n)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_patterns_that_are_looked_up_mean_what_each_means_by_itself() -> None:
+    words = ["q", "q_proj", "proj", "layers.1.q_proj", r"layers\.1\.q_proj", r".*\.q_proj", "a|b",
+             "a.b", "1.q", "q_proj.weight", "weight", r"layers\.[01]\.q", "x",
+             "layers.1"]  # fmt: skip
+    paths = ["q", "layers.1.q_proj", "layers.11.q_proj", "a", "b", "axb", "a.b", "c.a.b", "1xq",
+             "layers.1.xq_proj", "layers.0.q", "layers.1", "m.weight"]  # fmt: skip
+    known = patterns(*words)
+    for path in paths:
+        for parameter in ("weight", "experts.w1", "q"):
+            one_by_one = [w for w in words if pattern_matches(w, path, parameter)]
+            assert list(known.meaning(path, parameter)) == one_by_one
+            old = [w for w in words if re.match(rf"(.*\.)?({w})$", path)]
+            assert set(old) <= set(one_by_one)
+
+
+def test_the_collector_of_garbage_waits_and_goes_on() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), uncollected():
+        _ = 1 / 0
+    assert gc.isenabled()
 
 
 def test_building_is_independent_of_the_program_s_defaults() -> None:

@@ -70,6 +70,7 @@ def inject(
     trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
     with replicated(model, config, switch):
         slots = plan(Offer(model), config)
+        start = start and not meta  # a file follows
         built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
     if first:
