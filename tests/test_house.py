@@ -32,6 +32,13 @@ def lines(path: Path) -> int:
     [
         ("import graftwork", HEAVY),
         ("import graftwork; graftwork.__version__; dir(graftwork)", HEAVY),
+        (
+            "from graftwork import LoraConfig, get_peft_model",
+            [
+                *("transformers", "safetensors", "pydantic", "typer", "rich", "huggingface_hub"),
+                *("graftwork.model.storage", "graftwork.files", "graftwork.updates"),
+            ],
+        ),
         ("from graftwork import LoraConfig", ["transformers", "accelerate", "datasets", "peft"]),
         (
             "from graftwork import LoraConfig, get_peft_model, PeftModel, AutoPeftModelForCausalLM",

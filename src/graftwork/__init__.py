@@ -24,6 +24,7 @@ _WHERE = {  # module -> the public names that it holds
     "engine.root": "Grafted",
     "files.codec": "LoadReport",
     "model.peft_model": "PeftModel",
+    "model.cache": "AdapterCache",
     "model.tasks": " ".join(
         ["get_peft_model", "PeftMixedModel", *(f"PeftModelFor{t}" for t in _TASKS)]
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from .errors import FileError, did_you_mean, warn
 from .fields import check_choice, check_fields, set_beyond
 from .hooks import Hooks
+from .patterns import pattern_matches as pattern_matches
+from .patterns import patterns
 from .types import OwnType
 from .types import PeftType as PeftType
 from .types import TaskType as TaskType
@@ -140,9 +141,9 @@ class PeftConfig(Hooks):
         """The fields that have another value at a path, by the patterns."""
         found: dict[str, Any] = {}
         for name, target in self.PATTERNS.items():
-            for key, value in (getattr(self, name) or {}).items():
-                if target not in found and pattern_matches(key, path, parameter):
-                    found[target] = value
+            if values := getattr(self, name):
+                for key in patterns(*values).meaning(path, parameter):
+                    found.setdefault(target, values[key])
         return found
 
     # -- PEFT's JSON
@@ -308,9 +309,8 @@ class TargetConfig(PeftConfig):
 
     def changes(self, path: str, parameter: str) -> dict[str, Any]:
         found = super().changes(path, parameter)
-        for key, values in self.overrides.items():
-            if pattern_matches(key, path, parameter):
-                found |= values
+        for key in patterns(*self.overrides).meaning(path, parameter) if self.overrides else ():
+            found |= self.overrides[key]
         return found
 
     def places(self, offer: Offer, path: str) -> list[Target]:
@@ -359,12 +359,6 @@ class TargetConfig(PeftConfig):
                 "target_modules is a regex, which can name the blocks itself; remove "
                 "layers_to_transform and layers_pattern, or give target_modules as a list"
             )
-
-
-def pattern_matches(key: str, path: str, parameter: str = "weight") -> bool:
-    """PEFT's rule for rank_pattern and its kin: a regex for the end of a path."""
-    full = re.compile(rf"(.*\.)?({key})$")
-    return bool(full.match(path)) or bool(full.match(f"{path}.{parameter}"))
 
 
 def _member(enum: type[Any], value: Any, name: str) -> Any:

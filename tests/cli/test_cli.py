@@ -57,6 +57,20 @@ def test_help_is_light_and_complete() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_the_first_help_needs_no_recipe() -> None:
+    script = (
+        "import sys; sys.argv = ['graft', '--help']; from graftwork.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print({'pydantic', 'yaml', 'torch', 'graftwork.train'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    text, _, loaded = done.stdout.rstrip("\n").rpartition("\n")
+    assert loaded == "set()"
+    assert text.split() == graft("--help").output.split()  # as where all is loaded
+
+
 def test_every_field_of_the_recipe_is_in_the_help() -> None:
     text = graft("train", "--help", terminal_width=120).output
     assert all(f"--{name.replace('_', '-')}" in text for name in FIELDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -10,8 +11,13 @@ from .. import __version__
 from . import demo, evaluate, generate, inspect, methods, predict, train
 
 
-def build() -> typer.Typer:
-    """The application with all its commands."""
+def build(words: Sequence[str] | None = None) -> typer.Typer:
+    """The application with all its commands.
+
+    Args:
+        words: what the user has typed; "train" has its options only where it is among them. None:
+            it has them.
+    """
     app = typer.Typer(
         name="graft",
         help="Fine-tune a model with few parameters, and use the result.",
@@ -22,7 +28,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for module in (train, evaluate, predict, generate, inspect, methods, demo):
+    train.register(app, named=words is None or "train" in words)
+    for module in (evaluate, predict, generate, inspect, methods, demo):
         module.register(app)
     return app
 

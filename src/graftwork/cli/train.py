@@ -8,7 +8,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ..train.recipe import FIELDS, RecipeError, build, group_of, read_yaml
 from .common import guarded, message, show_json
 
 HELP = """Train an adapter.
@@ -25,17 +24,18 @@ method are flags as well: `graft methods LORA` lists those of LoRA.
 OUT = "Running"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command."""
+def register(app: typer.Typer, named: bool = True) -> None:
+    """Add the command; with its options, which take long to import, where it is named."""
     app.command(
         "train",
         help=HELP,
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    )(command())
+    )(command() if named else lambda: None)
 
 
 def command() -> Callable[..., None]:
     """The command's function, with a parameter for each field of the recipe."""
+    from ..train.recipe import FIELDS
 
     @guarded
     def train(ctx: typer.Context, **given: Any) -> None:
@@ -69,6 +69,8 @@ def _plain(annotation: Any) -> type:
 
 
 def _parameter(name: str, kind: type, text: str) -> inspect.Parameter:
+    from ..train.recipe import FIELDS, group_of
+
     flag, default = f"--{name.replace('_', '-')}", FIELDS[name].default
     shown = isinstance(default, (str, int, float)) and not isinstance(default, bool)
     # numbers are read by the recipe, whose errors say what is wanted
@@ -94,6 +96,8 @@ def split(words: list[str]) -> tuple[str | None, dict[str, Any]]:
     Raises:
         RecipeError: a word belongs to no option.
     """
+    from ..train.recipe import RecipeError
+
     path = words[0] if words and not words[0].startswith("-") else None
     options: dict[str, Any] = {}
     rest = words[1:] if path else list(words)
@@ -116,6 +120,8 @@ def split(words: list[str]) -> tuple[str | None, dict[str, Any]]:
 def _run(
     path: str | None, flags: dict[str, Any], resume: bool, plan_only: bool, as_json: bool
 ) -> None:
+    from ..train.recipe import build, read_yaml
+
     file = read_yaml(path) if path else {}
     if resume:
         from ..train.run import resumed

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..fast.tensors import lasting
 from .site import Site
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Part(nn.Module):
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What is saved, under PEFT's names."""
-        return {self.keys[n]: t for n, t in self.state_dict(keep_vars=True).items()}
+        return {self.keys[n]: t for n, t in lasting(self)}
 
     def expects(self, config: Any) -> dict[str, tuple[int, ...]]:
         """The shapes that a file saved with ``config`` has, under PEFT's names."""
@@ -57,7 +58,7 @@ class Part(nn.Module):
 
     def take(self, tensors: Mapping[str, Tensor], config: Any) -> None:
         """Take the values of a file, under PEFT's names."""
-        for name, mine in self.state_dict(keep_vars=True).items():
+        for name, mine in lasting(self):
             if (key := self.keys[name]) in tensors:
                 mine.copy_(tensors[key])
 

@@ -113,6 +113,7 @@ class Host(nn.Module):
             for parameter in self.adapters[name].parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad_(on)
+            self.switch.flags.trains |= {name} if on else set()
 
     def hidden(self, names: tuple[str, ...]) -> str | None:
         """Which of these adapters has no effect here, in words; None where all have one."""
@@ -141,6 +142,10 @@ class Host(nn.Module):
         """Take a part of an adapter in, or what all its parts share."""
         parts = self.adapters._modules  # not through ModuleDict, to which "keys" is no name
         parts.setdefault(name, nn.ModuleDict())._modules[key] = part.train(self.training)
+        self.switch.flags.add(name, part)
+        if isinstance(part, Adapter):
+            hides = type(part).hides is not Adapter.hides
+            self.switch.flags.note(name, hides, part.reads)
 
     def folded(self, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         """The parameters that would do what the base and these adapters do, in fp32 or better."""

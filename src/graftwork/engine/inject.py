@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
+from ..fast.pause import uncollected
+from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
 from ..targets.replicas import replicated
 from .adapter import Adapter, Shared
-from .host import Host, LayerHost, no_autocast
+from .host import Host, LayerHost
 from .module import ModuleHost
 from .schedule import Schedule
 from .site import ParameterSite, kind_of
 from .switch import BASE, Switch
 from .ties import Tied
-from .tree import hosts, inside, parameters, put, walk
+from .tree import hosts, inside, parameters, parts, put, walk
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Built:
     shared: Shared | None
 
 
+@uncollected()
 def inject(
     model: nn.Module,
     config: TargetConfig,
@@ -64,21 +66,23 @@ def inject(
     check_name(name, switch.configs)
     _need_unmerged(model)
     config = copy.deepcopy(config)
-    trainable = frozenset(n for n, p in parameters(model) if p.requires_grad)
+    first = not switch.configs
+    trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
     with replicated(model, config, switch):
         slots = plan(Offer(model), config)
+        start = start and not meta  # a file follows
         built = build(model, slots, config, switch, start=start, autocast=autocast)
     _warn_of_high_rank(built)
-    if not switch.configs:
-        switch.trainable = trainable
+    if first:
+        switch.trainable = frozenset(trainable)
         model.requires_grad_(False)
     _place(model, name, built, meta)
     switch.configs[name] = config
     if built.shared is not None:
         switch.shared[name] = built.shared
-    switch.activate(switch.active or (name,))
-    for host in {id(h): h for h, _ in built.parts.values()}.values():
-        host.set_requires_grad(name, not config.inference_mode and name in switch.active)
+    switch.activate((name,) if first else None)
+    trains = not config.inference_mode and name in switch.active
+    switch.flags.write((name,), trains, partial(parts, model))
     _follow(switch, name, config, built)
     config.attached(model, switch)
     return switch
@@ -133,105 +137,83 @@ def build(
         found[id(inside(module))] = module
     places = [(slot, found[id(inside(modules[slot.path]))]) for slot in slots]
     sites = [host.site_of(slot.key) for slot, host in places if slot.level == MAIN]
-    dtype = _dtype(places[0][1], autocast)
-    with _building(places[0][1]):
+    dtype = dtype_of(places[0][1].base_layer, autocast)
+    with making(device_of(places[0][1].base_layer)):
         shared = config.share([site for site in sites if site is not None])
         if shared is not None:
             if start:
                 shared.start()
             shared.to(dtype)
     built = Built({}, shared)
-    for slot, host in places:
-        if slot.source is not None:
-            source = built.parts[slot.source][1]
-            part: Adapter = Tied(source, slot.transposed, slot.saved)
-        else:
-            part = _make(slot, host, shared, start=start, autocast=autocast)
-        part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
-        built.parts[slot.path, slot.key] = host, part
+    for device, group in itertools.groupby(places, lambda place: device_of(place[1].base_layer)):
+        with making(device):
+            for slot, host in group:
+                if slot.source is not None:
+                    source = built.parts[slot.source][1]
+                    part: Adapter = Tied(source, slot.transposed, slot.saved)
+                else:
+                    part = _make(slot, host, shared, start=start, autocast=autocast)
+                part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
+                built.parts[slot.path, slot.key] = host, part
     return built
-
-
-def _dtype(host: Host, autocast: bool) -> torch.dtype:
-    weight = next(host.base_layer.parameters(), torch.empty(0))
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    return torch.promote_types(dtype, torch.float32) if autocast else dtype
-
-
-@contextmanager
-def _building(host: Host) -> Iterator[None]:
-    """New tensors are fp32 and on the layer's device; nothing is recorded or cast."""
-    weight = next(host.base_layer.parameters(), torch.empty(0))
-    with _fresh(weight.device), torch.no_grad(), no_autocast(host.base_layer):
-        yield
 
 
 def _make(slot: Slot, host: Host, shared: Shared | None, *, start: bool, autocast: bool) -> Adapter:
     assert slot.build is not None
-    with _building(host):
-        part = slot.build(host, shared)
-        if part.instead() is not None:
-            return part
-        site: Any = host.site_of(slot.key)  # none where the part acts beside a whole module
-        if isinstance(site, ParameterSite) and (reason := part.FORBIDS.get("merge")):
-            raise TargetError(
-                f"{type(part).__name__} cannot sit at {site.name}, which is read by its module's "
-                f"own code: {reason}"
-            )
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules())
-        if isinstance(site, ParameterSite) and drops:
-            raise TargetError(
-                f"dropout acts on a layer's input, and {site.name} is read by its module's own "
-                "code: set the dropout to 0, for this one alone with overrides={...}"
-            )
-        part.derive(site)
-        if start:
-            part.start(site)
-        return part.to(_dtype(host, autocast))
+    part = slot.build(host, shared)
+    if part.instead() is not None:
+        return part
+    site: Any = host.site_of(slot.key)  # none where the part acts beside a whole module
+    if isinstance(site, ParameterSite):
+        _check_inside(part, site)
+    part.derive(site)
+    if start:
+        part.start(site)
+    dtype = dtype_of(host.base_layer, autocast)
+    return part if is_all(part, dtype) else part.to(dtype)
 
 
-@contextmanager
-def _fresh(device: torch.device) -> Iterator[None]:
-    """New tensors are fp32 and on the device, whatever the program's defaults are."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def _check_inside(part: Adapter, site: ParameterSite) -> None:
+    if reason := part.FORBIDS.get("merge"):
+        raise TargetError(
+            f"{type(part).__name__} cannot sit at {site.name}, which is read by its module's "
+            f"own code: {reason}"
+        )
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in part.modules()):
+        raise TargetError(
+            f"dropout acts on a layer's input, and {site.name} is read by its module's own "
+            "code: set the dropout to 0, for this one alone with overrides={...}"
+        )
 
 
 def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
     everywhere: dict[int, list[str]] = {}  # a module that is shared stands at several paths
+    encoders, standing = [], set()
     for path, module in walk(model):
-        everywhere.setdefault(id(inside(module)), []).append(path)
+        if isinstance(module, Host):
+            standing.add(id(module))
+        else:
+            everywhere.setdefault(id(own := inside(module)), []).append(path)
+            encoders += [own] if isinstance(own, nn.TransformerEncoderLayer) else []
     owner = next(iter(built.parts.values()))[0]
     every = [*built.parts.items(), *([((owner.path, "shared"), (owner, built.shared))])]
     for (_, key), (host, part) in every:
         if part is None:
             continue
         if meta and not (isinstance(part, Adapter) and part.ready):
-            _to_meta(part)
+            to_meta(part)
         host.adopt(name, key, part)
-        for path in everywhere[id(host.base_layer)]:
+        for path in everywhere[id(host.base_layer)] if id(host) not in standing else ():
             put(model, path, host)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):  # its fused path reads weights, and
-            for host in hosts(module).values():  # calls no layer; a hook keeps it from that
-                if not host._forward_pre_hooks:
-                    host.register_forward_pre_hook(_called)
+        standing.add(id(host))
+    for encoder in encoders:  # its fused path reads weights, and calls no layer; a hook keeps it
+        for host in hosts(encoder).values():  # from that
+            if not host._forward_pre_hooks:
+                host.register_forward_pre_hook(_called)
 
 
 def _called(*_: Any) -> None:
     """A hook that does nothing."""
-
-
-def _to_meta(part: nn.Module) -> None:
-    for module in part.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
 
 
 def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .forwards import each_forward
 from .host import Host
 from .schedule import add_to_loss
 from .switch import BASE, Switch
-from .tree import hosts, parameters, put, walk
+from .tree import hosts, parameters, parts, put, walk
 
 
 class Grafted(nn.Module):
@@ -89,7 +90,7 @@ class Grafted(nn.Module):
         switch = self.switch
         now = switch.current()
         context: dict[str, Any] = {}
-        for config in switch.configs.values():
+        for config in list(switch.configs.values()):  # other threads may load more
             context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
         for name in self.preparing(names or now.active) if once else ():
             context |= switch.configs[name].before(self, name, args, kwargs)
@@ -218,13 +219,11 @@ class Grafted(nn.Module):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         switch = self.switch
         switch.check(names)
-        all_hosts = self.hosts()
-        if reason := next(filter(None, (h.hidden(names) for h in all_hosts.values())), None):
+        every = self.hosts().values() if len(names) > 1 and switch.flags.hide(names) else ()
+        if reason := next(filter(None, (host.hidden(names) for host in every)), None):
             raise StateError(f"these adapters cannot be active together: {reason}; leave one out")
         switch.activate(names)
-        for host in all_hosts.values():
-            for name in host.adapters:
-                host.set_requires_grad(name, name in names and not inference_mode)
+        switch.flags.choose(names, not inference_mode, partial(parts, self.model))
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -232,8 +231,7 @@ class Grafted(nn.Module):
         """Freeze or unfreeze adapters, whether active or not."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.switch.check(names)
-        for host in self.hosts().values():
-            host.set_requires_grad(names, requires_grad)
+        self.switch.flags.write(names, requires_grad, partial(parts, self.model))
 
     def enable_adapter_layers(self) -> None:
         """Switch all adapters on again."""
@@ -269,6 +267,7 @@ class Grafted(nn.Module):
             kept = dict(zip(named(table), values, strict=True))
             table.clear()
             table.update(kept)
+        switch.flags.rename(old, new)
         switch.merged, switch.before_merge = named(switch.merged), named(switch.before_merge)
         switch.activate(named(switch.active))
 
@@ -354,6 +353,7 @@ class Grafted(nn.Module):
             put(self.model, path, blocks.parted())
         for config in self.switch.configs.values():
             config.detached(self.model, self.switch)
+        self.switch.flags.forget()
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -386,12 +386,12 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
         switch.schedules.pop(name, None)
         switch.shared.pop(name, None)
         config.detached(model, switch)
+    switch.flags.drop(names)
     left = tuple(n for n in switch.active if n in switch.configs)
     if not left and switch.configs and switch.active:
         left = (next(iter(switch.configs)),)
         warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
-        for host in every.values():
-            host.set_requires_grad(left, not switch.configs[left[0]].inference_mode)
+        switch.flags.write(left, not switch.configs[left[0]].inference_mode, partial(parts, model))
     switch.activate(left)
     for path, module in list(walk(model)):
         if isinstance(module, Host) and not len(module.adapters):

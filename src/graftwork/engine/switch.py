@@ -19,6 +19,7 @@ import torch
 
 from ..errors import StateError, did_you_mean
 from ..fast import choose
+from ..fast.flags import Flags
 from ..fast.grouped import FEW, Batches, Rows
 from ..fast.rows import expand, tensors_in
 
@@ -59,6 +60,7 @@ class Switch:
         self.merged: tuple[str, ...] = ()  # what is merged into the whole model, the lowest first
         self.before_merge: tuple[str, ...] = ()  # what was active before
         self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
+        self.flags = Flags()  # which adapters train
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())

@@ -16,12 +16,13 @@ TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 def inside(module: nn.Module) -> nn.Module:
     """The user's module, without hosts and torch's wrappers around it."""
     while True:
+        children: Any = module._modules
         if isinstance(module, Host):
-            module = module.base_layer
+            module = children["base_layer"]
             continue
-        for name in TRANSPARENT:
-            if name in module._modules:
-                module = module._modules[name]  # type: ignore[assignment]
+        for name in TRANSPARENT if children else ():
+            if name in children:
+                module = children[name]
                 break
         else:
             return module
@@ -29,10 +30,12 @@ def inside(module: nn.Module) -> nn.Module:
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module by original path, hosts standing for layers; a shared module at each path."""
-    yield path, module
-    for name, child in inside(module)._modules.items():
-        if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name)
+    waiting = [(path, module)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        children, front = inside(module)._modules, f"{path}." if path else ""
+        waiting += [(front + n, m) for n, m in reversed(children.items()) if m is not None]
 
 
 def hosts(module: nn.Module) -> dict[str, Host]:
@@ -42,6 +45,13 @@ def hosts(module: nn.Module) -> dict[str, Host]:
         if isinstance(m, Host):
             found.setdefault(id(m), (path, m))
     return dict(found.values())
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of all adapters with the adapters' names."""
+    for host in hosts(model).values():
+        for name, own in host.adapters._modules.items():
+            yield from ((name, part) for part in own.children())
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
+from ..fast.tensors import materialise
 
 PREFIX = "base_model.model."
 ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
@@ -71,11 +73,18 @@ class Owned:
     front: str
     config: Any  # resolved for the part's path
 
+    @cached_property
+    def expects(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its tensors in a file."""
+        return self.part.expects(self.config)
+
 
 def owned(model: nn.Module, name: str, config: Any = None) -> list[Owned]:
     """The parts of an adapter; ``config`` is that of the file where it is not the adapter's own."""
     found = []
     for path, host in hosts(model).items():
+        if name not in host.adapters._modules:
+            continue
         own = config or host.switch.configs[name]
         front = MARK if own.is_prompt_learning else ""
         for key, part in host.parts_of(name):
@@ -122,11 +131,7 @@ def state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def expected(parts: list[Owned]) -> dict[str, tuple[Owned, str, tuple[int, ...]]]:
     """File name -> the part that owns it, its key there, and its shape in the file."""
-    return {
-        o.front + key: (o, key, shape)
-        for o in parts
-        for key, shape in o.part.expects(o.config).items()
-    }
+    return {o.front + key: (o, key, shape) for o in parts for key, shape in o.expects.items()}
 
 
 def compare(
@@ -145,9 +150,10 @@ def compare(
         key_mapping: regex -> replacement, for the names of a model that was built otherwise.
     """
     want, report, found = expected(parts), LoadReport(), {}
-    base = _embeddings(model, tensors, want)
-    for key in tensors:
-        plain = renamed(key, key_mapping, want)
+    names = {key: renamed(key, key_mapping, want) for key in tensors}
+    known = want.keys() >= set(names.values())
+    base = {} if known else _embeddings(model, tensors, want)
+    for key, plain in names.items():
         if plain in want or plain in base:
             found[plain] = key
             if key not in (full(plain), full(plain, wrapped=False)):
@@ -165,15 +171,17 @@ def compare(
     return report, found
 
 
-def judge(report: LoadReport, where: str, strict: bool, hint: str = "") -> None:
-    """Stop where a file does not fit, or say so.
+def judge(
+    report: LoadReport, where: str, strict: bool, hint: Callable[[], str] = lambda: ""
+) -> None:
+    """Stop where a file does not fit, or say so; ``hint`` finds a reason.
 
     Raises:
         FileError: a tensor is missing, unexpected or of another shape, and ``strict``.
     """
     if report.ok:
         return
-    text = f"{where} does not fit this adapter and model{hint}:\n{report}"
+    text = f"{where} does not fit this adapter and model{hint()}:\n{report}"
     if strict and not POLICY.lenient:
         raise FileError(f"{text}\nNothing was loaded. To load what fits, pass strict='warn'.")
     if report.reshaped:
@@ -199,27 +207,21 @@ def fill(
             by_part.setdefault(id(o), (o, {}))[1][key] = tensors[found[plain]]
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     for o in parts:  # also those that share what others take
-        _materialise(o.part, device)
+        materialise(o.part, device)
     for o, values in by_part.values():
         if o.part is not resumed:
             o.part.take(values, o.config)
-    for plain, weight in _embeddings(model, tensors, want).items():
+    carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
+    for plain, weight in carried.items():
         if plain in found and weight.shape == tensors[found[plain]].shape:
             weight.copy_(tensors[found[plain]])
-
-
-def _materialise(part: nn.Module, device: torch.device) -> None:
-    for module in part.modules():
-        for name, p in module._parameters.items():
-            if p is not None and p.is_meta:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty_like(p, device=device), p.requires_grad
-                )
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:
     """A file's name as it is here; ``want``: the names of the adapter."""
     plain = key.removeprefix(PREFIX)
+    if plain in want and not key_mapping:
+        return plain
     for pattern, replacement in (key_mapping or {}).items():
         new, count = re.subn(pattern, replacement, plain)
         if count:

@@ -12,8 +12,9 @@ from ..config import PeftConfig
 from ..errors import FileError
 from ..meaning import default_of
 from .codec import PREFIX, ROOT
-from .folder import PICKLE, WEIGHTS, opened
+from .folder import PICKLE, WEIGHTS
 from .hub import Source
+from .mapped import opened
 
 FILLED_IN = {f.name for f in fields(PeftConfig)}  # what the library writes into a config
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}

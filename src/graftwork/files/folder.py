@@ -15,18 +15,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..config import CONFIG_NAME, PeftConfig
 from ..errors import POLICY, FileError
 from .hub import Source
+from .mapped import opened, read
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -148,12 +149,13 @@ def read_config(where: Any, subfolder: str | None = None, **options: Any) -> Pef
     return config_of(Source(where, subfolder, **options))
 
 
-def config_of(source: Source) -> PeftConfig:
-    """The config that belongs to the weights of a source."""
+def config_of(source: Source, note: Mapping[str, Any] | None = None) -> PeftConfig:
+    """The config that belongs to the weights of a source; ``note``: theirs, if it is known."""
     from ..table import METHODS, method
 
     path = source.find(CONFIG_NAME)
-    if source.folder is not None and (digest := note_of(source).get("config")):
+    noted = note if note is not None or source.folder is None else note_of(source)
+    if source.folder is not None and (digest := (noted or {}).get("config")):
         waiting = source.find(f".{CONFIG_NAME}.{digest}")
         path = waiting or path
     if path is None:
@@ -185,11 +187,40 @@ def note_of(source: Source) -> dict[str, Any]:
     if path is None:
         return {}
     with opened(path) as file:
-        try:
-            note = json.loads((file.metadata() or {}).get(NOTE, "{}"))
-        except json.JSONDecodeError:
-            return {}
+        return _note(file.metadata() or {})
+
+
+def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        note = json.loads(metadata.get(NOTE, "{}"))
+    except json.JSONDecodeError:
+        return {}
     return note if isinstance(note, dict) else {}
+
+
+class Contents:
+    """The weights of an adapter and the note in their header, for which the file is read once."""
+
+    def __init__(self, source: Source, allow_pickle: bool = False) -> None:
+        self.source, self.allow_pickle = source, allow_pickle
+
+    @cached_property
+    def file(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What the file of weights holds, where there is one in the format of safetensors."""
+        path = self.source.find(WEIGHTS)
+        return None if path is None else read(path)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """As of ``note_of``."""
+        return {} if self.file is None else _note(self.file[1])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As of ``read_tensors``."""
+        if self.file is None:
+            return _unpickled(self.source, None, self.allow_pickle)
+        return self.file[0]
 
 
 def read_tensors(
@@ -207,8 +238,11 @@ def read_tensors(
     """
     path = source.find(WEIGHTS)
     if path is not None:
-        with opened(path, device or "cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: tensor.to(device or "cpu") for name, tensor in read(path)[0].items()}
+    return _unpickled(source, device, allow_pickle)
+
+
+def _unpickled(source: Source, device: str | None, allow_pickle: bool) -> dict[str, Tensor]:
     pickled = source.find(PICKLE)
     if pickled is None:
         raise FileError(f"{source} has neither {WEIGHTS} nor {PICKLE}, so it is no adapter folder")
@@ -234,13 +268,16 @@ def _a_tensor(value: Any) -> Tensor:
     return value
 
 
-def read_beside(source: Source, key: str) -> dict[str, Tensor]:
-    """What is kept beside the weights under a key of BESIDE; empty where nothing is.
+def read_beside(
+    source: Source, key: str, note: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """What is kept beside the weights under a key of BESIDE; empty where nothing is. ``note``:
+    that of the weights, if it is known.
 
     Raises:
         FileError: it is damaged; or it is what a resumed training needs, and not there any more.
     """
-    name = str(note_of(source).get(key))
+    name = str((note_of(source) if note is None else note).get(key))
     if not re.fullmatch(rf"{BESIDE[key]}-[0-9a-f]{{16}}\.safetensors", name):
         return {}
     path = source.find(name)
@@ -251,19 +288,4 @@ def read_beside(source: Source, key: str) -> dict[str, Tensor]:
         )
     if path is None:  # a start can be noted instead
         return {}
-    with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
-
-
-@contextmanager
-def opened(path: Path, device: str = "cpu") -> Iterator[Any]:
-    """A safetensors file.
-
-    Raises:
-        FileError: it is none, or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            yield file
-    except SafetensorError as error:
-        raise FileError(f"{path} is damaged or no safetensors file: {error}") from error
+    return read(path)[0]

@@ -30,7 +30,11 @@ def identity(model: nn.Module) -> dict[str, Any]:
 
     The samples are rounded to bf16, so that one base in two precisions is the same base.
     """
-    named = [(name, p) for name, p in parameters(model)]
+    return _identity(model, dict(parameters(model)))
+
+
+def _identity(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Any]:
+    named = list(parameters.items())
     shapes = {name: list(p.shape) for name, p in named}
     weights = [
         (name, p) for name, p in named if p.is_floating_point() and p.ndim > 1 and not p.is_meta
@@ -56,7 +60,8 @@ def sample(weight: Tensor) -> str:
 
 def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     """What differs between a model and a saved identity, in words; empty for the same base."""
-    now = identity(model)
+    here = dict(parameters(model))
+    now = _identity(model, here)
     out = []
     if now["class"] != saved.get("class"):
         out.append(
@@ -66,15 +71,13 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
         out.append("the names or shapes of the weights")
     elif now["config"] != saved.get("config"):
         out.append("the model's config")
-    here = dict(parameters(model))
-    other = [
-        name
+    weights = {
+        name: digest
         for name, digest in saved.get("weights", {}).items()
-        if name in here
-        and here[name].is_floating_point()
-        and not here[name].is_meta
-        and sample(here[name]) != digest
-    ]
+        if name in here and here[name].is_floating_point() and not here[name].is_meta
+    }
+    digests = {**{n: sample(here[n]) for n in weights if n not in now["weights"]}, **now["weights"]}
+    other = [name for name, digest in weights.items() if digests[name] != digest]
     if other:
         out.append(
             f"the values of {len(other)} of {len(saved['weights'])} sampled weights, e.g. "

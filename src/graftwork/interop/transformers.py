@@ -85,3 +85,12 @@ class _Loader(importlib.abc.Loader):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
+
+
+def checkpointing(model: Any) -> bool:
+    """Whether checkpointing was on before, in a model of transformers; asked while there are no
+    hosts, through which it would look.
+    """
+    new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
+    on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
+    return bool(on) and hasattr(model, "enable_input_require_grads")

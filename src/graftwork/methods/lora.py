@@ -39,7 +39,8 @@ class LoRA(LowRank):
         self.start_name, self.loftq_config = config.init_lora_weights, config.loftq_config
         self.begins = start_of(self.start_name, site)
         self.scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        if config.lora_dropout:
+            self.dropout = nn.Dropout(config.lora_dropout)
         if isinstance(site, Embedding):
             self.keys = EMBEDDING_KEYS
             if config.lora_bias:

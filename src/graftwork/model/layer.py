@@ -82,6 +82,7 @@ def delete_adapter(host: Host, adapter_name: str) -> None:
     """Drop an adapter's tensors at this layer."""
     if adapter_name in host.adapters:
         del host.adapters[adapter_name]
+        host.switch.flags.forget()
 
 
 @verb

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,11 +14,14 @@ from torch import nn
 from ..config import PeftConfig, PeftType, TaskType
 from ..engine.inject import switch_of
 from ..engine.root import Grafted
+from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
-from ..files.codec import LoadReport
-from . import storage
+from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 from .report import Reports
 from .updating import Updating
+
+if TYPE_CHECKING:
+    from ..files.codec import LoadReport
 
 
 class PeftModel(Reports, Updating):
@@ -47,8 +50,11 @@ class PeftModel(Reports, Updating):
         low_cpu_mem_usage: bool = False,
         **options: Any,
     ) -> None:
+        from ..interop.transformers import checkpointing, recognise
+
         super().__init__()
         model = _unwrapped(model, adapter_name)
+        checkpointed = checkpointing(model)
         peft_config = copy(peft_config)
         peft_config.task_type = peft_config.task_type or self.TASK
         if peft_config.task_type is None and peft_config.auto_mapping is None:
@@ -66,10 +72,9 @@ class PeftModel(Reports, Updating):
             **options,
         )
         self.config = getattr(model, "config", {"model_type": "custom"})
-        self.train(model.training)
-        _prepare_checkpointing(model)
-        from ..interop.transformers import recognise
-
+        self.training = self.base_model.training = model.training
+        if checkpointed:  # let gradients flow out of frozen embeddings
+            model.enable_input_require_grads()  # type: ignore[operator]
         recognise()
 
     @classmethod
@@ -79,7 +84,7 @@ class PeftModel(Reports, Updating):
         nn.Module.__init__(self)
         self.base_model = Grafted.around(model)
         self.config = getattr(model, "config", {"model_type": "custom"})
-        self.train(model.training)
+        self.training = self.base_model.training = model.training
         return self
 
     # -- state
@@ -236,16 +241,11 @@ class PeftModel(Reports, Updating):
                 raise ValueError(f"{text} is refused. Leave it out")
             warn(f"{text} writes safetensors")
         if is_main_process:
+            from . import storage
+
             plain = path_initial_model_for_weight_conversion is not None
-            storage.save(
-                self,
-                save_directory,
-                selected_adapters,
-                save_embedding_layers,
-                plain,
-                kwargs.get("state_dict"),
-                compat,
-            )
+            options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
+            storage.save(self, save_directory, selected_adapters, *options)
 
     @classmethod
     def from_pretrained(
@@ -280,6 +280,7 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
+        from . import storage
         from .tasks import class_for
 
         _refuse_offload(ephemeral_gpu_offload)
@@ -314,6 +315,8 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
+        from . import storage
+
         _refuse_offload(ephemeral_gpu_offload)
         loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
         new = adapter_name not in self.peft_config
@@ -327,16 +330,20 @@ class PeftModel(Reports, Updating):
             if new:
                 self.base_model.delete_adapter(adapter_name)
             raise
-        if not is_trainable:
-            self.eval()
+        if not is_trainable and any(m.training for _, m in walk(self)):
+            self.eval()  # which visits every part of every adapter
         return found
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
+        from . import storage
+
         return storage.push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
+        from . import storage
+
         storage.model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
@@ -378,12 +385,3 @@ def _refuse_offload(wanted: bool) -> None:
             "ephemeral_gpu_offload is not available: adapters stay where their layer is. Leave it "
             "out"
         )
-
-
-def _prepare_checkpointing(model: nn.Module) -> None:
-    """Checkpointing that was on before: let gradients flow out of frozen embeddings."""
-    new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
-    on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
-    enable: Any = getattr(model, "enable_input_require_grads", None)
-    if on and enable is not None:
-        enable()

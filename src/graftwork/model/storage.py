@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
+from ..fast.pause import uncollected
 from ..files import codec, identity, starts
-from ..files.folder import config_of, note_of, read_beside, read_tensors, write
+from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
 from .functional import get_peft_model_state_dict
@@ -182,22 +184,23 @@ class Loader:
                 if k in ("subfolder", *HUB_OPTIONS, "use_auth_token")
             },
         )
-        self.config = copy(config) if config is not None else config_of(self.source)
+        contents = Contents(self.source, allow_pickle=bool(options.get("allow_pickle")))
+        self.config = copy(config) if config is not None else config_of(self.source, contents.note)
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
         self.key_mapping = key_mapping
-        self.training = read_beside(self.source, "training") if is_trainable else {}
-        self.start = read_beside(self.source, "start")
+        self.note = contents.note
+        self.training = read_beside(self.source, "training", self.note) if is_trainable else {}
+        self.start = read_beside(self.source, "start", self.note)
         if self.training and hasattr(self.config, "rank_pattern"):
             self.file_config = copy(self.config)
             if self.config.has_schedule():
                 self.config.rank_pattern = None  # its whole state follows
         else:
             self.file_config = self.config
-        allow_pickle = bool(options.get("allow_pickle"))
-        self.tensors = elsewhere | read_tensors(self.source, allow_pickle=allow_pickle)
-        self.note = note_of(self.source)
+        self.tensors = elsewhere | contents.tensors
 
+    @uncollected()
     def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
         """Fill an adapter that is in place; nothing is changed where the file does not fit."""
         base = model.get_base_model()
@@ -205,7 +208,7 @@ class Loader:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
-        codec.judge(report, str(self.source), self.strict, self._hint(base))
+        codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
         if report.missing and new:
@@ -230,7 +233,7 @@ class Loader:
             self.training = {k: t for k, t in self.training.items() if not k.startswith(mine)}
             return None
         if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
-            self.training = read_beside(self.source, "training")
+            self.training = read_beside(self.source, "training", self.note)
         state, own = _at(codec.MARK, self.training), shared.training_state()
         if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
             raise FileError(

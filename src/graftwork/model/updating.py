@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..engine.root import Grafted, delete
 from ..errors import POLICY, StateError
-from ..files.codec import LoadReport
-from ..updates.convert import Conversion
-from . import functional
+
+if TYPE_CHECKING:
+    from ..files.codec import LoadReport
+    from ..updates.convert import Conversion
 
 
 class Updating(nn.Module):
@@ -169,6 +170,7 @@ def _swap(
     model: nn.Module, name: str, config: Any, tensors: dict[str, Tensor], where: str
 ) -> LoadReport:
     from ..updates.hotswap import swap
+    from . import functional
 
     switch = functional.switch_of(model)
     return swap(functional.user_model(model), switch, name, config, tensors, where)
@@ -190,6 +192,7 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: "error", "warn" or "ignore" where the model is compiled already.
     """
     from ..updates.hotswap import prepare
+    from . import functional
 
     prepare(functional.user_model(model), target_rank, check_compiled)
 
@@ -259,6 +262,8 @@ def convert_to_lora(
         progressbar: PEFT's option.
         compile_kwargs: PEFT's option.
     """
+    from . import functional
+
     name = f"{adapter_name}-as-lora"
     model.to_lora(adapter_name, name, rank)
     try:

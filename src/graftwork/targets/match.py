@@ -5,15 +5,17 @@ which one did not, what is near, and what the model offers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from ..config import TargetConfig, pattern_matches
+from ..config import TargetConfig
 from ..engine.site import Conv1D, Site, kind_of
 from ..engine.tree import inside
 from ..errors import POLICY, TargetError, did_you_mean, nearest, warn
+from ..patterns import patterns
 from .defaults import TARGETS
 from .offer import Offer, Target, leaf
 
@@ -26,6 +28,7 @@ class Match:
 
     def __init__(self, offer: Offer, config: TargetConfig) -> None:
         self.offer, self.config = offer, config
+        self.places: dict[str, list[Target]] = {}  # what a path stands for, once it is known
 
     def targets(self) -> list[Target]:
         """The places that the config means, in the model's order.
@@ -49,11 +52,14 @@ class Match:
             )
         config.settle(self.offer.model_type, [t.path for t in kept])
         for field in [*config.PATTERNS, "overrides"]:
-            self._need(
-                field, kept, lambda k, t: pattern_matches(k, t.path, t.parameter or "weight")
-            )
+            known = patterns(*(getattr(config, field) or ()))
+            found_at = (known.meaning(t.path, t.parameter or "weight") for t in kept)
+            self._need(field, kept, set(chain.from_iterable(found_at)))
         for field in config.SUBSETS:
-            self._need(field, kept, lambda k, t: config.means(k, t.path))
+            wanted = getattr(config, field) or ()
+            every = [wanted] if isinstance(wanted, str) else wanted
+            meant = {e for e in every if any(config.means(e, t.path) for t in kept)}
+            self._need(field, kept, meant)
         order = {path: i for i, path in enumerate(self.offer.modules)}
         return sorted(kept, key=lambda t: order.get(t.path, -1))
 
@@ -127,7 +133,9 @@ class Match:
         return []
 
     def _places(self, path: str) -> list[Target]:
-        return self.config.places(self.offer, path)
+        if path not in self.places:
+            self.places[path] = self.config.places(self.offer, path)
+        return self.places[path]
 
     def _parameters(self) -> list[Target]:
         found, offered = [], self.offer.parameters()
@@ -159,13 +167,11 @@ class Match:
             self._complain(f"{problem}; those are in {_ranges(offered) or 'none'}")
         return [t for t in targets if number[t] in indices]
 
-    def _need(
-        self, field: str, targets: list[Target], means: Callable[[str, Target], bool]
-    ) -> None:
+    def _need(self, field: str, targets: list[Target], meant: set[str]) -> None:
         """Each entry of a field must mean one of the chosen layers."""
         wanted = getattr(self.config, field) or ()
         for entry in [wanted] if isinstance(wanted, str) else wanted:
-            if not any(means(entry, t) for t in targets):
+            if entry not in meant:
                 problem = f"{field} entry {entry!r} matches none of the {len(targets)}"
                 self._complain(f"{problem} adapted layers", entry, [t.name for t in targets])
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..files.folder import opened
 from ..files.hub import Source
+from ..files.mapped import opened
 from . import base
 from .recipe import RecipeError
 

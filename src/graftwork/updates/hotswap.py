@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import TargetConfig
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
-from ..engine.inject import build
+from ..engine.inject import build, switch_of
 from ..engine.switch import Switch
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, warn
@@ -123,8 +123,10 @@ def swap(
 @torch.no_grad()
 def refresh(model: nn.Module, name: str) -> None:
     """Let what others derive from an adapter follow its new values."""
-    for host in hosts(model).values():
-        for key, part in [p for other in host.adapters for p in host.parts_of(other)]:
+    switch = switch_of(model)
+    names = () if switch is None else tuple(switch.flags.reading)
+    for host in hosts(model).values() if names else ():
+        for key, part in [p for other in names for p in host.parts_of(other)]:
             if part.reads and name in host.adapters:
                 part.derive(host.need_site(key))
 

@@ -1,0 +1,84 @@
+"""The tensors of modules: which there are, and where and how new ones are made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+def lasting(module: nn.Module, front: str = "") -> Iterator[tuple[str, Tensor]]:
+    """A module's tensors by name, those of ``state_dict(keep_vars=True)`` without its detours."""
+    passing = module._non_persistent_buffers_set
+    buffers = ((n, t) for n, t in module._buffers.items() if n not in passing)
+    for name, tensor in itertools.chain(module._parameters.items(), buffers):
+        if tensor is not None:
+            yield front + name, tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from lasting(child, f"{front}{name}.")
+
+
+def is_all(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all floating-point tensors of a module are of this type already."""
+    for m in module.modules():
+        for t in itertools.chain(m._parameters.values(), m._buffers.values()):
+            if t is not None and t.is_floating_point() and t.dtype != dtype:
+                return False
+    return True
+
+
+def first(layer: nn.Module) -> Tensor | None:
+    """A tensor of a layer, which says where and in which precision it computes."""
+    own = (p for p in layer._parameters.values() if p is not None)
+    return next(itertools.chain(own, layer.parameters()), None)
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where what is new at a layer is made."""
+    tensor = first(layer)
+    return torch.get_default_device() if tensor is None else tensor.device
+
+
+def dtype_of(layer: nn.Module, wide: bool) -> torch.dtype:
+    """The precision of a layer; ``wide``: fp32 at least."""
+    tensor = first(layer)
+    dtype = tensor.dtype if tensor is not None and tensor.is_floating_point() else torch.float32
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
+
+
+@contextmanager
+def making(device: torch.device) -> Iterator[None]:
+    """Within the block new tensors are fp32 and on this device, whatever the program's defaults
+    are; nothing is recorded or cast.
+    """
+    meta, before = device.type == "meta", torch.get_default_dtype()
+    exact = nullcontext() if meta else torch.autocast(device.type, enabled=False)
+    # a device's context slows every call of torch within it down
+    there = nullcontext() if torch.get_default_device() == device else device
+    torch.set_default_dtype(torch.float32)
+    try:
+        with there, torch.no_grad(), exact:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def to_meta(module: nn.Module) -> None:
+    """Leave parameters without memory: their values will follow."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                m._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Give parameters without memory some, not filled."""
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None and p.is_meta:
+                empty = torch.empty_like(p, device=device)
+                m._parameters[name] = nn.Parameter(empty, p.requires_grad)
