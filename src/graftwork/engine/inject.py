@@ -77,7 +77,7 @@ def inject(
         switch.trainable = frozenset(trainable)
         model.requires_grad_(False)
     _place(model, name, built, meta)
-    switch.configs[name] = config
+    switch.take(name, config)
     if built.shared is not None:
         switch.shared[name] = built.shared
     switch.activate((name,) if first else None)
