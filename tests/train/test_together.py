@@ -31,6 +31,7 @@ from graftwork import (
     get_peft_model_state_dict,
     train_together,
 )
+from graftwork.together.optimizers import Moments
 from tiny import build, enable_checkpointing
 
 CAUSAL = "CAUSAL_LM"
@@ -509,6 +510,23 @@ def test_the_results_are_a_table(together: RunResults) -> None:
     assert list(together) == [run.name for run in MIXED]
     with pytest.raises(TrainingError, match="no run was evaluated; give"):
         together.best()
+
+
+def test_moments_are_those_of_adamw() -> None:
+    torch.manual_seed(0)
+    first = [nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    ours = Moments(first, rate=1e-2, decay=0.1)
+    theirs = torch.optim.AdamW(second, lr=0.7e-2, weight_decay=0.1)
+    for step in range(20):
+        for i, (p, q) in enumerate(zip(first, second, strict=True)):
+            none = (i == 1 and step % 3 == 1) or step == 7  # its moments stay as they were
+            p.grad = None if none else torch.randn(3, 4)
+            q.grad = None if p.grad is None else p.grad / 2.5
+        ours.step(0.7, shrink=2.5)
+        theirs.step()
+    for p, q in zip(first, second, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 LORA = LoraConfig(r=2)

@@ -17,7 +17,7 @@ from ..errors import TrainingError
 from .batches import Item, Joined, Spec, join, pack
 from .feeds import Feed, length_of, moved, source_of
 from .losses import Given, Own, own_loss
-from .optimizers import Stepper, clip, norms
+from .optimizers import Stepper, norms
 from .runs import FAILED, FINISHED, STOPPED, Run, RunResult
 from .state import Held, learning, resting
 from .streams import Stream, drawing
@@ -218,8 +218,7 @@ class Together:
                     f"the {what} became {value} in step {step + 1} of {learner.steps}, at the "
                     f"rate {rate:.3g}; try a lower learning_rate, or warmup"
                 )
-        clip(learner.stepper, norm)
-        learner.stepper.step(run.factor(step, learner.steps))
+        learner.stepper.step(run.factor(step, learner.steps), norm)
         result.losses.append(loss)
         if result.steps == learner.steps:
             result.ended = FINISHED

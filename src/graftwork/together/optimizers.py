@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from .runs import Run
 from .state import Held
@@ -24,7 +23,7 @@ class Moments:
     """AdamW over the tensors of one group: the same numbers as ``torch.optim.AdamW``.
 
     Args:
-        parameters: the tensors.
+        parameters: the tensors, all on one device.
         rate: peak learning rate.
         decay: weight decay.
     """
@@ -33,29 +32,35 @@ class Moments:
         self.parameters, self.rate, self.decay = list(parameters), rate, decay
         self.mean = [torch.zeros_like(p) for p in parameters]
         self.square = [torch.zeros_like(p) for p in parameters]
-        device = self.parameters[0].device
-        self.fused = device.type in ("cpu", "cuda") and all(
-            p.is_floating_point() for p in parameters
-        )
-        on = device if device.type == "cuda" else torch.device("cpu")
-        self.steps = [torch.zeros((), dtype=torch.float32, device=on) for _ in parameters]
+        self.device = self.parameters[0].device
+        # one count for all, until one of them has no gradient and its moments stay behind
+        self.steps = [torch.zeros((), dtype=torch.float32, device=self.device)] * len(parameters)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step with the gradients that are there."""
-        rows = [
-            (p, p.grad, m, s, n)
-            for p, m, s, n in zip(self.parameters, self.mean, self.square, self.steps, strict=True)
-            if p.grad is not None
-        ]
-        if rows:
-            parameters, grads, means, squares, steps = map(list, zip(*rows, strict=True))
-            adamw(
-                parameters, grads, means, squares, [], steps,
-                fused=self.fused, foreach=False if not self.fused else None, amsgrad=False,
-                beta1=BETAS[0], beta2=BETAS[1], lr=self.rate * factor,
-                weight_decay=self.decay, eps=EPS, maximize=False,
-            )  # fmt: skip
+    def step(self, factor: float, shrink: float) -> None:
+        """One step at this share of the rate, with the gradients divided by ``shrink``."""
+        lists: list[list[Any]] = [
+            self.parameters, [p.grad for p in self.parameters], self.mean, self.square, self.steps
+        ]  # fmt: skip
+        if any(g is None for g in lists[1]):
+            lists[-1] = self.steps = [n.clone() for n in self.steps]
+            have = [i for i, g in enumerate(lists[1]) if g is not None]
+            lists = [[one[i] for i in have] for one in lists]
+        tensors, grads, mean, square, steps = lists
+        for count in {id(n): n for n in steps}.values():
+            count += 1
+        torch._fused_adamw_(
+            tensors, grads, mean, square, [], steps, lr=self.rate * factor,
+            beta1=BETAS[0], beta2=BETAS[1], weight_decay=self.decay, eps=EPS, amsgrad=False,
+            maximize=False,
+            grad_scale=None if shrink == 1 else torch.tensor(shrink, device=self.device),
+        )  # fmt: skip
+
+
+def fits(parameters: Sequence[Tensor]) -> bool:
+    """Whether torch's fused kernel takes these tensors."""
+    kinds = {(p.device, p.dtype) for p in parameters}
+    return len(kinds) == 1 and next(iter(kinds))[0].type in ("cpu", "cuda")
 
 
 class Stepper:
@@ -81,21 +86,30 @@ class Stepper:
         self.own: Any = None
         if run.optimizer is not None:
             self.own = run.optimizer(groups)
-        elif follows:
+        elif follows or not all(fits(group["params"]) for group in groups):
             self.own = torch.optim.AdamW(groups)
         else:
             self.moments = [Moments(g["params"], g["lr"], g["weight_decay"]) for g in groups]
         if self.own is not None:
             self.peaks = [group["lr"] for group in self.own.param_groups]
 
-    def step(self, factor: float) -> None:
-        """One step at this share of the peak rates; the gradients are gone afterwards."""
+    def step(self, factor: float, norm: float) -> None:
+        """One step at this share of the peak rates; the gradients are gone afterwards.
+
+        Args:
+            factor: the share.
+            norm: of the gradients, which are scaled down to the run's largest.
+        """
+        most = self.run.max_grad_norm
+        shrink = 1.0 if most is None else max(1.0, (norm + 1e-6) / most)
         if self.own is not None:
+            if shrink > 1:
+                torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], shrink)
             for group, peak in zip(self.own.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * factor
             self.own.step()
         for moments in self.moments:
-            moments.step(factor)
+            moments.step(factor, shrink)
         self.forget()
 
     def forget(self) -> None:
@@ -113,11 +127,3 @@ def norms(steppers: Sequence[Stepper]) -> Tensor:
     parts = torch.stack([n.float().to(device) for n in every]) if every else torch.zeros(0)
     pieces = torch.split(parts, [len(own) for own in grads])
     return torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
-
-
-@torch.no_grad()
-def clip(stepper: Stepper, norm: float) -> None:
-    """Scale a run's gradients down to its largest norm."""
-    most = stepper.run.max_grad_norm
-    if most is not None and (scale := most / (norm + 1e-6)) < 1:
-        torch._foreach_mul_([p.grad for p in stepper.parameters if p.grad is not None], scale)
