@@ -211,6 +211,14 @@ class Adapter(Part):
         """A, B and what is added to the bias, where the update is B A whatever the weight is."""
         return None
 
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A, B and a shift where forward is now layer(x) + B A dropped(x) + shift; else None."""
+        return None
+
+    def gains(self) -> tuple[Tensor | None, Tensor | None] | None:
+        """Gains of the inputs and of the outputs, where it only multiplies by them; else None."""
+        return None
+
     def file_tensors(self) -> dict[str, Tensor]:
         tensors = super().file_tensors()
         if self.times != 1:
@@ -271,6 +279,11 @@ class LowRank(Additive):
 
     def factored(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         return *self.factors(), self.shift()
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        own = type(self)
+        plain = own.forward is LowRank.forward and own.branch is LowRank.branch
+        return (*self.factors(), self.shift()) if plain else None
 
     def delta(self) -> Tensor:
         a, b = self.factors()

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StateError, did_you_mean
-from .rows import tensors_in
+from ..fast.grouped import Batches, Rows
+from .rows import expand, tensors_in
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -60,6 +61,7 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())
+        self.batches = Batches()  # mixed batches of late
 
     def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Choose the active adapters, the lowest first, and whether they run at all."""
@@ -76,6 +78,15 @@ class Switch:
                     + did_you_mean(name, self.configs)
                 )
         return names
+
+    def batch(self, rows: tuple[str, ...], n: int, long: bool, path: str) -> Rows:
+        """The ``n`` inputs of a mixed batch by adapter, sorted once; ``long``: rows of many tokens,
+        which stay where they are.
+        """
+        if n == len(rows) and (found := self.batches.get((rows, n, long))):
+            return found
+        order = () if long else tuple(self.configs)
+        return self.batches.add((rows, n, long), expand(rows, n, path), order)
 
     def current(self) -> Call:
         """The choice that holds here and now."""

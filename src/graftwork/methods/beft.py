@@ -46,6 +46,10 @@ class BEFT(Adapter, config=BeftConfig):
             return w + self.bias.mT, b
         return w, self.bias[0] if b is None else b + self.bias[0]
 
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        none = self.bias.new_empty(0, 0)  # a product of rank 0
+        return none, none, self.bias[0]
+
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         if self.rows:
             return super().forward(x, layer)

@@ -68,6 +68,10 @@ class IA3(Adapter, config=IA3Config):
             return w * (gains if self.index is None else gains[self.index]), b
         return w * gains[:, None], b if b is None else b * gains
 
+    def gains(self) -> tuple[Tensor | None, Tensor | None]:
+        gains = self.l.flatten()
+        return (gains, None) if self.feedforward else (None, gains)
+
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         gains = self.l.flatten()
         if not self.feedforward:

@@ -61,6 +61,9 @@ class MiSS(LowRank):
         blocks = torch.eye(r).to(self.D).repeat(1, -(-in_ // r))
         return blocks[:, :in_], self.D.repeat(1, out // columns).mT
 
+    def products(self) -> tuple[Tensor, Tensor, None]:
+        return *self.factors(), None
+
     def branch(self, x: Tensor, site: Site) -> Tensor:
         if not site.pointwise:
             return super().branch(x, site)

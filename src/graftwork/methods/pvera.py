@@ -75,6 +75,9 @@ class PVeRA(LowRank, config=PveraConfig):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.rows()[0], self.b[..., None] * self.shared.B[: self.shape[0], : self.r]
 
+    def products(self) -> tuple[Tensor, Tensor, None] | None:
+        return None if self.training or self.always else (*self.factors(), None)
+
     def branch(self, x: Tensor, site: Site) -> Tensor:
         if not (self.training or self.always):
             return super().branch(x, site)

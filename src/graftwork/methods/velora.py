@@ -32,6 +32,10 @@ class VeLoRA(LoRA):
         if self.options.init_type == "random":
             self.v.copy_(unit(torch.randn_like(self.v)))
 
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        learns = self.training and torch.is_grad_enabled()
+        return None if learns else (*self.factors(), self.shift())
+
     def branch(self, x: Tensor, site: Site) -> Tensor:
         learns = self.training and torch.is_grad_enabled()
         if not learns or not site.pointwise or not x.is_floating_point():

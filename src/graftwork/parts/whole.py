@@ -80,6 +80,10 @@ class Bias(Adapter):
         change = self.bias - self.origin
         return w, change if b is None else b + change
 
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        none = self.bias.new_empty(0, 0)  # a product of rank 0
+        return none, none, self.bias - self.origin
+
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         return layer(x) + layer.site.outputs(self.bias - self.origin)
 

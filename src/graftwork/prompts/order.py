@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.rows import expand, take
+from ..engine.rows import expand
 from ..engine.switch import Call
 from ..errors import StateError
+from ..fast.trees import take
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""What was computed from tensors is kept for as long as they are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
+
+
+class Watch:
+    """Whether some dictionaries hold the same values as when they were shown.
+
+    Tensors are the same while object, version and address are: the version counts what is written
+    into a tensor, the address changes where ``.data`` gets another one, as in a move. A write
+    through ``.data`` into the same memory leaves no trace that could be seen.
+    """
+
+    def __init__(self) -> None:
+        self.values: list[tuple[dict[Any, Any], Any, Any]] = []
+        self.sizes: list[tuple[Any, int]] = []
+        self.tensors: list[tuple[Tensor, int, int]] = []
+        self.alive: list[Tensor] = []  # so that no other tensor gets the same address
+        self.usable = True  # False: a tensor does not tell whether it was written to
+
+    def value(self, holder: dict[Any, Any], key: Any) -> None:
+        """Watch one entry of a dictionary; None is one that is not there."""
+        value = holder.get(key)
+        self.values.append((holder, key, value))
+        if isinstance(value, Tensor):
+            self.tensor(value)
+
+    def tensor(self, tensor: Tensor) -> None:
+        """Watch a tensor's contents."""
+        if tensor.is_meta or tensor.is_inference() or not tensor.data_ptr():
+            self.usable = self.usable and not tensor.numel()
+        else:
+            self.alive.append(tensor.detach())
+            self.tensors.append((tensor, tensor._version, tensor.data_ptr()))
+
+    def size(self, holder: Any) -> None:
+        """Watch how many entries there are."""
+        self.sizes.append((holder, len(holder)))
+
+    def module(self, module: nn.Module) -> None:
+        """Watch a module's tensors, its switches and factors, its children and its hooks."""
+        for own in module.modules():
+            for holder in (own._parameters, own._buffers, own._modules):
+                self.size(holder)
+                for key in holder:
+                    self.value(holder, key)
+            for key, value in own.__dict__.items():
+                if isinstance(value, (bool, float, Tensor)):
+                    self.value(own.__dict__, key)
+            self.size(own._forward_hooks)
+            self.size(own._forward_pre_hooks)
+
+    def same(self) -> bool:
+        """Whether every value is the object that it was."""
+        for holder, key, value in self.values:
+            if holder.get(key) is not value:
+                return False
+        return all(len(holder) == n for holder, n in self.sizes)
+
+    def unwritten(self) -> bool:
+        """Whether nothing was written into the tensors."""
+        for tensor, version, address in self.tensors:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
+
+    def learns(self) -> bool:
+        """Whether a tensor wants a gradient."""
+        return any(tensor.requires_grad for tensor, _, _ in self.tensors)
+
+
+class Kept:
+    """The last few results with what they were computed from; a copy of it is empty."""
+
+    def __init__(self) -> None:
+        self.results: dict[Hashable, tuple[Watch, Any]] = {}
+
+    def find(self, key: Hashable) -> tuple[Watch, Any] | None:
+        """What is kept under a key, where it was computed from the objects that are there now."""
+        found = self.results.get(key)
+        if found is not None and not found[0].same():
+            del self.results[key]
+            return None
+        return found
+
+    def put(self, key: Hashable, watch: Watch, result: Any) -> None:
+        """Keep a result, and drop the oldest."""
+        self.results.pop(key, None)
+        self.results[key] = watch, result
+        while len(self.results) > HELD:
+            del self.results[next(iter(self.results))]
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+def numel(modules: Iterable[nn.Module]) -> int:
+    """How many numbers modules hold."""
+    return sum(t.numel() for m in modules for own in (m.parameters(), m.buffers()) for t in own)
