@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_number_is_that_runs_alone() -> None:
 def test_early_stop_keeps_the_best_state() -> None:
     data, held = texts(4), texts(2, seed=9)
     steady = Run("steady", LoraConfig(r=4), seed=1, steps=12)
-    hasty = Run("hasty", LoraConfig(r=8, target_modules="all-linear"), learning_rate=3e-2, seed=2,
+    hasty = Run("hasty", LoraConfig(r=8, target_modules="all-linear"), learning_rate=1e-2, seed=2,
                 steps=12, stop=EarlyStop(patience=2))  # fmt: skip
     found = train_together(build("llama"), [steady, hasty], data, evaluate=held, evaluate_every=1)
     values: list[float] = []

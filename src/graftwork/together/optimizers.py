@@ -55,6 +55,7 @@ class Moments:
             maximize=False,
             grad_scale=None if shrink == 1 else torch.tensor(shrink, device=self.device),
         )  # fmt: skip
+        torch.autograd.graph.increment_version(tensors)  # which the fused kernel leaves
 
 
 def fits(parameters: Sequence[Tensor]) -> bool:
