@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .host import Beneath
 
 
+NOTHING = torch.empty(0, 0), torch.empty(0, 0)  # factors of rank 0
+
+
 class Part(nn.Module):
     """Tensors of an adapter that are kept together, with their names in a PEFT file."""
 
@@ -268,6 +271,7 @@ class LowRank(Additive):
     """delta = B A with A (..., r, in) and B (..., out, r): many methods are only ``factors``."""
 
     r: int
+    products_in: tuple[bool, ...] = ()  # where another branch is B A x: in eval mode, in training
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
@@ -282,8 +286,8 @@ class LowRank(Additive):
 
     def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         own = type(self)
-        plain = own.forward is LowRank.forward and own.branch is LowRank.branch
-        return (*self.factors(), self.shift()) if plain else None
+        plain = own.branch is LowRank.branch or self.training in self.products_in
+        return (*self.factors(), self.shift()) if plain and own.forward is LowRank.forward else None
 
     def delta(self) -> Tensor:
         a, b = self.factors()

@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, StateError
-from ..fast import mix
-from ..fast.trees import join, take
+from ..fast import batch
+from ..fast.rows import each
 from ..fast.watch import Kept
-from . import rows as mixed
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
 from .switch import BASE, Switch
-
-FEW = 8  # tokens a row: with fewer, moving inputs is cheaper than moving factors
-TOGETHER = ("",)  # in a mixed batch: adapters that share one pass; a name is never empty
 
 # PEFT's names of things on a layer: attribute -> its value for a host; see model/layer.py
 NAMES: dict[str, Callable[[Host], Any]] = {}
@@ -73,33 +69,8 @@ class Host(nn.Module):
         return self.base_layer(*args, **kwargs)
 
     def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Each row with its own adapter; the rows of one adapter run together."""
-        n = next((len(t) for t in mixed.tensors_in((args, kwargs)) if t.ndim), 0)
-        if not n:
-            raise StateError(
-                f"{self.path} received no tensor, so adapter_names cannot be applied to its rows"
-            )
-        groups: dict[tuple[str, ...], list[int]] = {}
-        owners = mixed.expand(rows, n, self.path)
-        lanes = {name: self.lane(name) for name in dict.fromkeys(owners)}
-        for i, name in enumerate(owners):
-            groups.setdefault(lanes[name], []).append(i)
-        if len(groups) == 1:
-            return self.choose(next(iter(groups)), args, kwargs)
-        device, call = next(self.parameters()).device, self.switch.current()
-        parts, order = [], []
-        for names, index in groups.items():
-            where = torch.tensor(index, device=device)
-            context = take(call.context, where // (n // len(rows)), len(rows))
-            if n != len(rows):  # values that were made for this call's own inputs
-                context = take(context, where, n)
-            own = tuple(owners[i] for i in index)  # for the hosts within this one
-            with self.switch.call(call.active, own, **context):
-                taken = take(args, where, n), take(kwargs, where, n)
-                together = names == TOGETHER
-                parts.append(self.mixed(own, *taken) if together else self.choose(names, *taken))
-            order.extend(index)
-        return join(parts, torch.tensor(order, device=device).argsort())
+        """Each row with its own adapter."""
+        return batch.split(self, rows, args, kwargs)
 
     def lane(self, name: str) -> tuple[str, ...]:
         """Which adapters run for a row of a mixed batch that has this name."""
@@ -308,7 +279,7 @@ class Beneath:
 
     def rows(self, key: str, n: int) -> Any:
         """A value of this call for each of ``n`` inputs."""
-        return mixed.each(self.context, key, n, self.site.path)
+        return each(self.context, key, n, self.site.path)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.parts:
@@ -360,31 +331,15 @@ class LayerHost(Host):
         return Beneath(self, self.parts(names), call, within, out)(x)
 
     def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One pass for all rows, where their adapters only add low-rank products or scale."""
-        x: Any = args[0] if args else kwargs.get("input")
-        y = None
-        if self.joins() and isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point():
-            named, dtype = {k: v for k, v in kwargs.items() if k != "input"}, self.dtypes(x)[1]
-
-            def layer(x: Tensor) -> Tensor:
-                y = cast(self.base(x, *args[1:], **named), dtype)
-                return y.clone() if self.base_layer._forward_hooks else y  # which may hold it
-
-            batch = self.switch.batch(rows, len(x), x[0].numel() > FEW * x.shape[-1], self.path)
-            y = mix.layer(self.stacks, batch, self.closed, x, layer, dtype or x.dtype)
+        y = batch.joint(self, rows, args, kwargs)
         return super().mixed(rows, args, kwargs) if y is None else y
 
-    def joins(self) -> bool:
-        """Whether rows of several adapters can share one pass here."""
-        return self.site.pointwise and self.site.linear and not self.merged_adapters
-
-    def closed(self, name: str) -> list[Adapter]:
-        """The parts that run for a row with this name."""
+    def alone(self, name: str) -> list[Adapter]:
+        """The parts that run for a row of a mixed batch that has this name."""
         return [] if name == BASE else self.parts((name,))
 
     def lane(self, name: str) -> tuple[str, ...]:
-        closed = self.joins() and mix.closed(self.closed(name)) is not None
-        return TOGETHER if closed else super().lane(name)
+        return batch.TOGETHER if batch.joins(self, name) else super().lane(name)
 
     def dtypes(self, x: Tensor) -> tuple[torch.dtype | None, torch.dtype | None]:
         """In which dtype the layer below is called, and in which the host answers."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..fast.rows import expand, tensors_in
 from .adapter import Adapter
 from .host import Host, cast, no_autocast
-from .rows import expand, tensors_in
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter

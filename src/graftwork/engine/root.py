@@ -11,12 +11,12 @@ from torch import nn
 
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TrainingError, warn
+from ..fast.rows import tensors_in
 from ..targets import replicas
 from . import inject as injection
 from . import ties
 from .forwards import each_forward
 from .host import Host
-from .rows import tensors_in
 from .schedule import add_to_loss
 from .switch import BASE, Switch
 from .tree import hosts, parameters, put, walk
@@ -167,7 +167,7 @@ class Grafted(nn.Module):
                 f"adapter_names has {len(rows)} entries for a batch of {next(iter(lengths), 0)} "
                 "rows; give one name for each row"
             )
-        if any(getattr(m, "batch_first", True) is False for m in self.model.modules()):
+        if any(getattr(m, "batch_first", True) is False for _, m in walk(self.model)):
             raise StateError(
                 "this model takes the sequence first (batch_first=False), so adapter_names cannot "
                 "be applied to its rows; run one adapter at a time"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import StateError, did_you_mean
-from ..fast.grouped import Batches, Rows
-from .rows import expand, tensors_in
+from ..fast.grouped import FEW, Batches, Rows
+from ..fast.rows import expand, tensors_in
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -79,14 +79,13 @@ class Switch:
                 )
         return names
 
-    def batch(self, rows: tuple[str, ...], n: int, long: bool, path: str) -> Rows:
-        """The ``n`` inputs of a mixed batch by adapter, sorted once; ``long``: rows of many tokens,
-        which stay where they are.
-        """
-        if n == len(rows) and (found := self.batches.get((rows, n, long))):
+    def batch(self, rows: tuple[str, ...], x: torch.Tensor, path: str) -> Rows:
+        """The inputs of a layer in a mixed batch by adapter, sorted once for all layers."""
+        key = rows, len(x), x[0].numel() > FEW * x.shape[-1]
+        if len(x) == len(rows) and (found := self.batches.get(key)):
             return found
-        order = () if long else tuple(self.configs)
-        return self.batches.add((rows, n, long), expand(rows, n, path), order)
+        order = () if key[2] else tuple(self.configs)
+        return self.batches.add(key, expand(rows, len(x), path), order)
 
     def current(self) -> Call:
         """The choice that holds here and now."""

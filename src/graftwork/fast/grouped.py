@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FEW = 8  # tokens a row: with no more, moving inputs is cheaper than moving factors
 MANY = 16  # batches that are remembered
 Piece = tuple[int, int]  # which term, and where in its rank the piece begins
 

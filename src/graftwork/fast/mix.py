@@ -120,13 +120,18 @@ def _append(level: Level, k: int, part: Any) -> None:
 
 
 def find(
-    kept: Kept, rows: Rows, parts_of: Callable[[str], Sequence[Any]], dtype: torch.dtype
+    kept: Kept,
+    rows: Rows,
+    holder: dict[str, Any],
+    parts_of: Callable[[str], Sequence[Any]],
+    dtype: torch.dtype,
 ) -> tuple[Mix, Stacks] | None:
     """The plan for one layer and its tensors, kept where none needs a gradient.
 
     Args:
         kept: what was kept at the layer.
         rows: whose the rows are.
+        holder: where the adapters of the layer are found by name.
         parts_of: name -> the parts of that adapter at the layer, the lowest first.
         dtype: that of the products.
     """
@@ -136,14 +141,14 @@ def find(
     graded = torch.is_grad_enabled()
     key = rows.key, graded, dtype
     found = kept.find(key)
-    watch, mix = found or _planned(kept, key, rows, parts_of)
+    watch, mix = found or _planned(kept, key, rows, holder, parts_of)
     if mix is None:
         return None
     if not (mix.lasts and watch.usable) or mix.large or (graded and watch.learns()):
         return mix, stack(mix, rows, dtype, keep=False)
     if mix.stacks is None or not watch.unwritten():
         if found is not None:
-            _, mix = _planned(kept, key, rows, parts_of)
+            _, mix = _planned(kept, key, rows, holder, parts_of)
             assert mix is not None
         stacks = stack(mix, rows, dtype, keep=True)
         mix.large = _size(stacks) > LARGER * numel(
@@ -157,6 +162,7 @@ def find(
 def layer(
     kept: Kept,
     rows: Rows,
+    holder: dict[str, Any],
     parts_of: Callable[[str], Sequence[Any]],
     x: Tensor,
     base: Callable[[Tensor], Tensor],
@@ -167,22 +173,30 @@ def layer(
     Args:
         kept: what was kept at the layer.
         rows: whose the rows are.
+        holder: where the adapters of the layer are found by name.
         parts_of: name -> the parts of that adapter at the layer, the lowest first.
         x: the input (rows, ..., in).
         base: the base layer's output in ``dtype``, a tensor of its own that may be written to.
         dtype: that of the output, in which the products are computed.
     """
-    found = find(kept, rows, parts_of, dtype)
+    found = find(kept, rows, holder, parts_of, dtype)
     return None if found is None else run(*found, rows, x, base, dtype)
 
 
 def _planned(
-    kept: Kept, key: Any, rows: Rows, parts_of: Callable[[str], Sequence[Any]]
+    kept: Kept,
+    key: Any,
+    rows: Rows,
+    holder: dict[str, Any],
+    parts_of: Callable[[str], Sequence[Any]],
 ) -> tuple[Watch, Mix | None]:
     parts = [parts_of(name) for name in rows.names]
     watch = Watch()
+    for name in rows.names:
+        watch.value(holder, name)
+        if name in holder:
+            watch.module(holder[name])
     for part in (part for own in parts for part in own):
-        watch.module(part)
         if part.shared is not None:
             watch.module(part.shared)
     mix = plan(parts)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
 
 HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
+
+
+_version, _address = attrgetter("_version"), Tensor.data_ptr
 
 
 class Watch:
@@ -19,16 +23,22 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.values: list[tuple[dict[Any, Any], Any, Any]] = []
-        self.sizes: list[tuple[Any, int]] = []
-        self.tensors: list[tuple[Tensor, int, int]] = []
+        self.holders: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
+        self.hooks: list[Any] = []
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.addresses: list[int] = []
         self.alive: list[Tensor] = []  # so that no other tensor gets the same address
         self.usable = True  # False: a tensor does not tell whether it was written to
 
     def value(self, holder: dict[Any, Any], key: Any) -> None:
         """Watch one entry of a dictionary; None is one that is not there."""
         value = holder.get(key)
-        self.values.append((holder, key, value))
+        self.holders.append(holder)
+        self.keys.append(key)
+        self.values.append(value)
         if isinstance(value, Tensor):
             self.tensor(value)
 
@@ -36,44 +46,35 @@ class Watch:
         """Watch a tensor's contents."""
         if tensor.is_meta or tensor.is_inference() or not tensor.data_ptr():
             self.usable = self.usable and not tensor.numel()
-        else:
-            self.alive.append(tensor.detach())
-            self.tensors.append((tensor, tensor._version, tensor.data_ptr()))
-
-    def size(self, holder: Any) -> None:
-        """Watch how many entries there are."""
-        self.sizes.append((holder, len(holder)))
+        self.alive.append(tensor.detach())
+        self.tensors.append(tensor)
+        self.addresses.append(tensor.data_ptr())
+        self.versions.append(0 if tensor.is_inference() else tensor._version)
 
     def module(self, module: nn.Module) -> None:
         """Watch a module's tensors, its switches and factors, its children and its hooks."""
         for own in module.modules():
             for holder in (own._parameters, own._buffers, own._modules):
-                self.size(holder)
                 for key in holder:
                     self.value(holder, key)
             for key, value in own.__dict__.items():
                 if isinstance(value, (bool, float, Tensor)):
                     self.value(own.__dict__, key)
-            self.size(own._forward_hooks)
-            self.size(own._forward_pre_hooks)
+            self.hooks += [own._forward_hooks, own._forward_pre_hooks]
 
     def same(self) -> bool:
-        """Whether every value is the object that it was."""
-        for holder, key, value in self.values:
-            if holder.get(key) is not value:
-                return False
-        return all(len(holder) == n for holder, n in self.sizes)
+        """Whether every value is the object that it was, and no module has hooks."""
+        now = map(dict.get, self.holders, self.keys)
+        return all(map(is_, now, self.values)) and not any(self.hooks)
 
     def unwritten(self) -> bool:
         """Whether nothing was written into the tensors."""
-        for tensor, version, address in self.tensors:
-            if tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return True
+        now = list(map(_version, self.tensors))
+        return now == self.versions and list(map(_address, self.tensors)) == self.addresses
 
     def learns(self) -> bool:
         """Whether a tensor wants a gradient."""
-        return any(tensor.requires_grad for tensor, _, _ in self.tensors)
+        return any(tensor.requires_grad for tensor in self.tensors)
 
 
 class Kept:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Adapter, Beneath, Embedding, Site
-from ..engine.rows import tensors_in
 from ..errors import StateError
+from ..fast.rows import tensors_in
 from .lora import LoRA
 from .lora_config import LoraConfig
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import Adapter, Beneath, Embedding, Site
+from ..engine.adapter import NOTHING
 from ..engine.site import ParameterSite
 
 
@@ -47,8 +48,7 @@ class BEFT(Adapter, config=BeftConfig):
         return w, self.bias[0] if b is None else b + self.bias[0]
 
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
-        none = self.bias.new_empty(0, 0)  # a product of rank 0
-        return none, none, self.bias[0]
+        return *NOTHING, self.bias[0]
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         if self.rows:

@@ -37,6 +37,7 @@ class MiSS(LowRank):
     """D (r, out), or (r, mini_r)."""
 
     keys = {"D": "miss_block"}
+    products_in = (False, True)
 
     def __init__(self, config: MissConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
@@ -61,9 +62,6 @@ class MiSS(LowRank):
         blocks = torch.eye(r).to(self.D).repeat(1, -(-in_ // r))
         return blocks[:, :in_], self.D.repeat(1, out // columns).mT
 
-    def products(self) -> tuple[Tensor, Tensor, None]:
-        return *self.factors(), None
-
     def branch(self, x: Tensor, site: Site) -> Tensor:
         if not site.pointwise:
             return super().branch(x, site)
@@ -76,6 +74,7 @@ class Bat(Adapter):
     """D (out / r, r, r), one for each row of tiles."""
 
     keys = {"D": "miss_block"}
+    products_in = (False, True)
 
     def __init__(self, config: MissConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)

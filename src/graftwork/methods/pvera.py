@@ -42,6 +42,7 @@ class PVeRA(LowRank, config=PveraConfig):
 
     keys = {"b": "pvera_lambda_b", "d": "pvera_lambda_d"}
     stacked = True
+    products_in: tuple[bool, ...] = (False,)
 
     def __init__(self, config: PveraConfig, site: Site, shared: Frozen) -> None:
         super().__init__(config, site, shared)
@@ -53,6 +54,7 @@ class PVeRA(LowRank, config=PveraConfig):
         seed = config.generator_seed
         self.noise = None if seed is None else generator(seed)
         if self.always:
+            self.products_in = ()
             self.FORBIDS = {
                 "merge": "its output is sampled; with sample_at_inference=False it is the mean"
             }
@@ -74,9 +76,6 @@ class PVeRA(LowRank, config=PveraConfig):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.rows()[0], self.b[..., None] * self.shared.B[: self.shape[0], : self.r]
-
-    def products(self) -> tuple[Tensor, Tensor, None] | None:
-        return None if self.training or self.always else (*self.factors(), None)
 
     def branch(self, x: Tensor, site: Site) -> Tensor:
         if not (self.training or self.always):

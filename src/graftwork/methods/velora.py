@@ -21,6 +21,8 @@ class VeLoRA(LoRA):
     convolution, an embedding, a weight that is only folded) the gradient is exact.
     """
 
+    products_in = (False,)
+
     def __init__(self, config: LoraConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
         self.options, self.averaged = config.velora_config, False
@@ -31,10 +33,6 @@ class VeLoRA(LoRA):
         super().start(site)
         if self.options.init_type == "random":
             self.v.copy_(unit(torch.randn_like(self.v)))
-
-    def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        learns = self.training and torch.is_grad_enabled()
-        return None if learns else (*self.factors(), self.shift())
 
     def branch(self, x: Tensor, site: Site) -> Tensor:
         learns = self.training and torch.is_grad_enabled()

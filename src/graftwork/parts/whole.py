@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.adapter import Adapter
+from ..engine.adapter import NOTHING, Adapter
 from ..engine.site import ParameterSite, Site, Standing, kind_of
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ class Bias(Adapter):
         return w, change if b is None else b + change
 
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
-        none = self.bias.new_empty(0, 0)  # a product of rank 0
-        return none, none, self.bias - self.origin
+        return *NOTHING, self.bias - self.origin
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         return layer(x) + layer.site.outputs(self.bias - self.origin)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.rows import expand
 from ..engine.switch import Call
 from ..errors import StateError
-from ..fast.trees import take
+from ..fast.rows import expand, take
 
 
 @dataclass(frozen=True)

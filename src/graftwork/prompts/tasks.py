@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Site
-from ..engine.rows import each
 from ..errors import StateError
+from ..fast.rows import each
 from ..fields import choice, whole
 from .config import PromptConfig
 from .tokens import PromptTuningConfig, Tokens
