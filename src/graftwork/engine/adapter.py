@@ -218,6 +218,10 @@ class Adapter(Part):
         """A, B and a shift where forward is now layer(x) + B A dropped(x) + shift; else None."""
         return None
 
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+        """A, B, a shift and s, where ``products`` are A, s B and the shift; None: s is in B."""
+        return None
+
     def gains(self) -> tuple[Tensor | None, Tensor | None] | None:
         """Gains of the inputs and of the outputs, where it only multiplies by them; else None."""
         return None

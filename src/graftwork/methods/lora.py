@@ -77,6 +77,11 @@ class LoRA(LowRank):
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
         return a, self.scale * b
 
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+        own = type(self).factors is LoRA.factors and self.A0 is None and self.A.ndim == 2
+        s = self.scale
+        return None if not own or isinstance(s, Tensor) else (self.A, self.B, self.shift(), s)
+
     def shift(self) -> Tensor | None:
         return None if self.bias is None else self.scale * self.bias
 

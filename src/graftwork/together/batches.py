@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..engine.rows import tensors_in
 from ..errors import TrainingError
+from ..fast.rows import tensors_in
 
 LABELS = ("labels", "start_positions", "end_positions")  # for the loss, not for the model
 MASKS = {"attention_mask": 1, "token_type_ids": 0}  # what a batch without them means
