@@ -17,11 +17,14 @@ from graftwork import (
     EarlyStop,
     IA3Config,
     LilyConfig,
+    LoHaConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PolyConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PveraConfig,
     Run,
     RunResults,
     StateError,
@@ -207,6 +210,33 @@ def test_a_function_of_the_run_gives_it_an_order_of_its_own() -> None:
     assert sorted(asked) == ["r0", "r0", "r1", "r1"]  # twice through four batches
     for run in runs:
         same(found, run, alone(run, list(order(run))))
+
+
+def test_what_an_adapter_reads_of_a_call_is_its_own_rows() -> None:
+    alora = LoraConfig(r=4, alora_invocation_tokens=[5])
+    invoked = texts(3, 2, 7)
+    for batch in invoked:
+        batch["input_ids"][:, 3] = 5
+    runs = [
+        Run("lora", LoraConfig(r=4), seed=2, steps=4, data=texts(3)),
+        Run("alora", alora, seed=3, steps=4, data=invoked),
+    ]
+    found = train_together(build("llama"), runs)
+    for run in runs:
+        same(found, run, alone(run, run.data))
+
+
+def test_what_is_drawn_by_other_means_is_drawn_too() -> None:
+    tasks = [{**batch, "task_ids": torch.tensor([i % 2, 1])} for i, batch in enumerate(texts(3))]
+    runs = [
+        Run("poly", PolyConfig(r=4, n_tasks=2, n_skills=2), seed=1, steps=3, data=tasks),
+        Run("pvera", PveraConfig(r=8), seed=1, steps=3),
+        Run("loha", LoHaConfig(r=4, module_dropout=0.5, rank_dropout=0.5), seed=2, steps=3),
+    ]
+    first, second = (train_together(build("llama"), runs, texts(3)) for _ in range(2))
+    for name, one in first.items():  # build() sets torch's own generator
+        assert one.ended == "finished"
+        assert one.losses == second[name].losses
 
 
 class Reader:

@@ -218,7 +218,7 @@ class Adapter(Part):
         """A, B and a shift where forward is now layer(x) + B A dropped(x) + shift; else None."""
         return None
 
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+    def unscaled(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
         """A, B, a shift and s, where ``products`` are A, s B and the shift; None: s is in B."""
         return None
 
@@ -279,7 +279,18 @@ class LowRank(Additive):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
+        a, b, s = self.leaves()
+        return a, s * b
+
+    def leaves(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """A, B and s, where ``factors`` are A and s B: for a method that has a scale."""
         raise NotImplementedError
+
+    def unscaled(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+        if type(self).factors is not LowRank.factors:
+            return None
+        a, b, s = self.leaves()
+        return None if isinstance(s, Tensor) else (a, b, self.shift(), s)
 
     def shift(self) -> Tensor | None:
         """What is added to the bias (out,), where the method has that."""

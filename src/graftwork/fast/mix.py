@@ -232,8 +232,8 @@ def stack(mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool) -> Stacks:
 
 def _told(part: Any, learning: bool) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """A, B, a shift and a scale of B, which has it in it where nothing learns."""
-    leaves = part.leaves() if learning else None
-    return (*part.products(), 1.0) if leaves is None else leaves
+    apart = part.unscaled() if learning else None
+    return (*part.products(), 1.0) if apart is None else apart
 
 
 def _gains(mix: Mix, side: int, dtype: torch.dtype) -> Tensor | None:

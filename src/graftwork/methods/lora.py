@@ -70,17 +70,12 @@ class LoRA(LowRank):
         self.need_data()
         WAITING.discard(self)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def leaves(self) -> tuple[Tensor, Tensor, float | Tensor]:
         a, b = as_factors(self.A, self.B, self.lead)
         if self.A0 is not None and self.B0 is not None:
             a0, b0 = as_factors(self.A0, self.B0, self.lead)
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
-        return a, self.scale * b
-
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
-        own = type(self).factors is LoRA.factors and self.A0 is None and self.A.ndim == 2
-        s = self.scale
-        return None if not own or isinstance(s, Tensor) else (self.A, self.B, self.shift(), s)
+        return a, b, self.scale
 
     def shift(self) -> Tensor | None:
         return None if self.bias is None else self.scale * self.bias

@@ -38,6 +38,20 @@ class Options:
     base_dropout: bool = False
     on_step: Callable[[int, Mapping[str, float]], None] | None = None
 
+    def check(self, runs: Sequence[Run]) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        for name in ("evaluate_every", "rows_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}; it must be 1 or more, or None")
+        nothing = self.evaluate is None and all(run.evaluate is None for run in runs)
+        if self.metric is not None and nothing:
+            raise ValueError("metric= is for evaluations, and there is nothing to evaluate")
+
 
 class Learner:
     """One run while it learns.
@@ -99,7 +113,10 @@ class Together:
         self.device = next(inner.parameters()).device
         context = {key for c in self.switch.configs.values() for key in c.CONTEXT}
         self.spec = Spec(inner, sorted(context), options.padding)
-        self.root.set_requires_grad([run.name for run in runs])
+        names = [run.name for run in runs]
+        self.prepares = bool(self.root.preparing(names))
+        self.known: set[tuple[str, ...]] = set()  # whose rows a pass had that was checked
+        self.root.set_requires_grad(names)
         self.learners = [
             Learner(run, self.root, streams[run.name], i) for i, run in enumerate(runs)
         ]
@@ -162,7 +179,13 @@ class Together:
     # -- passes
 
     def _forward(self, joined: Joined) -> Any:
-        return self.root(**joined.inputs, adapter_names=joined.rows)
+        rows = joined.rows
+        if self.prepares:
+            return self.root(**joined.inputs, adapter_names=rows)
+        if rows not in self.known:  # the look through all modules is for the first time alone
+            self.known.add(self.root.rows(rows, joined.inputs))
+        with self.switch.call((), rows):
+            return self.root(**joined.inputs)
 
     def _learn(self, items: Iterable[Item], terms: dict[int, list[Tensor]]) -> None:
         """Forward and backward passes over the batches of one step."""

@@ -17,42 +17,34 @@ from .attach import attach, check, detach
 from .loop import Options, Together
 from .runs import Run, RunResults
 
+Function = Callable[[Any, Any], Any]  # of a run's outputs and its batch
+
 
 def train_together(
-    model: nn.Module,
-    runs: Sequence[Run],
-    data: Any = None,
-    *,
-    loss: Callable[[Any, Any], Any] | None = None,
-    evaluate: Any = None,
-    evaluate_every: int | None = None,
-    metric: Callable[[Any, Any], Any] | None = None,
-    greater_is_better: bool = False,
-    rows_at_once: int | None = None,
-    padding: Mapping[str, float] | None = None,
-    base_dropout: bool = False,
+    model: nn.Module, runs: Sequence[Run], data: Any = None, *, loss: Function | None = None,
+    evaluate: Any = None, evaluate_every: int | None = None, metric: Function | None = None,
+    greater_is_better: bool = False, rows_at_once: int | None = None,
+    padding: Mapping[str, float] | None = None, base_dropout: bool = False,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
-) -> RunResults:
+) -> RunResults:  # fmt: skip
     """Train several adapters over one base in one pass; each ends as it would alone.
 
     Args:
         model: a plain model, or one with adapters; the new ones are put into it, in place.
         runs: what to train.
-        data: batches, which are dictionaries of the model's arguments: a list, a DataLoader, or a
-            function from a ``Run`` to one of those, called for each pass over the data. Runs that
-            read the same list or loader get the same batches.
-        loss: a function from the model's outputs and the batch of one run to one number; None: the
-            model's own, where it follows from ``logits`` and ``labels``.
+        data: batches, dictionaries of the model's arguments: a list, a DataLoader, or a function
+            from a ``Run`` to one, called for each pass. Runs that read one list or loader get the
+            same batches.
+        loss: from the outputs and the batch of one run to one number; None: the model's own, where
+            it follows from ``logits`` and ``labels``.
         evaluate: held-out batches, as ``data``; or a function ``(model, name) -> number``, called
             with the adapter active.
         evaluate_every: optimizer steps between two evaluations; None: after the last one only.
         metric: a function like ``loss``, for evaluations.
         greater_is_better: whether a greater value is a better one.
-        rows_at_once: rows in one pass at most, to bound the memory; a run's batch stays whole.
-        padding: argument of the model -> what shorter sequences are filled up with on the right,
-            beside those of transformers.
-        base_dropout: let the base drop as its config says. The adapters' own dropout is that of the
-            run alone; the base's is drawn for all runs at once, with the same distribution.
+        rows_at_once: rows of a pass at most, to bound the memory; a run's batch stays whole.
+        padding: argument -> what fills up its shorter sequences, beside those of transformers.
+        base_dropout: let the base drop as its config says, drawn for all runs at once.
         on_step: called after each step with its number and the runs' losses.
 
     Returns:
@@ -66,15 +58,15 @@ def train_together(
     """
     runs = list(runs)
     check(runs)
-    for name, value in (("evaluate_every", evaluate_every), ("rows_at_once", rows_at_once)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; it must be 1 or more, or None")
-    if metric is not None and evaluate is None and all(run.evaluate is None for run in runs):
-        raise ValueError("metric= is for evaluations, and there is nothing to evaluate")
     options = Options(
         data, loss, evaluate, evaluate_every, metric, greater_is_better, rows_at_once, padding,
         base_dropout, on_step,
     )  # fmt: skip
+    options.check(runs)
+    return _trained(model, runs, options)
+
+
+def _trained(model: nn.Module, runs: list[Run], options: Options) -> RunResults:
     fresh = switch_of(user_model(model)) is None
     whole, streams = attach(model, runs)
     flags = [(p, p.requires_grad) for p in whole.parameters()]
@@ -89,4 +81,4 @@ def train_together(
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-    return RunResults(whole, results, greater_is_better)
+    return RunResults(whole, results, options.greater_is_better)
