@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -458,6 +459,27 @@ def test_the_base_runs_once_a_step(passes: list[int]) -> None:
     runs = [Run(f"r{i}", LoraConfig(r=2 + i), seed=i, steps=2 + i) for i in range(4)]
     train_together(build("llama"), runs, texts(3))
     assert passes == [2, 8, 8, 6, 4, 2]  # the first one asks for the loss; then runs leave
+
+
+def test_a_layer_of_the_base_runs_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, seen = build("llama"), Counter[int]()
+    watched = base.get_submodule("model.layers.0.self_attn.q_proj")
+    forward = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        seen[len(x)] += self is watched
+        return forward(self, x)
+
+    runs = [
+        Run("four", LoraConfig(r=4), steps=3),
+        Run("dropped", LoraConfig(r=8, lora_dropout=0.1), steps=3),
+        Run("vera", VeraConfig(r=4), steps=3),
+        Run("gains", IA3Config(target_modules=["q_proj"], feedforward_modules=[]), steps=3),
+        Run("adalora", AdaLoraConfig(init_r=4, total_step=3), steps=3),
+    ]
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    train_together(base, runs, texts(3))
+    assert {n: count for n, count in seen.items() if count} == {2: 1, 10: 3}
 
 
 def test_rows_at_once_bounds_a_pass(passes: list[int]) -> None:
