@@ -340,6 +340,20 @@ def test_kept_stacks_follow_every_change(change: Callable[[Any], None]) -> None:
         assert not torch.equal(first, want)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_kept_stacks_follow_every_optimizer(fused: bool) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+    x, rows = torch.randn(2, 3, 6), ["default", "b"]
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, adapter_names=rows)[:1], model(x[:1]))
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
 def test_stacks_are_kept_for_frozen_adapters_and_never_for_those_that_learn() -> None:
     model, x = three(), inputs()
     with Operations() as learning:

@@ -42,6 +42,8 @@ _WHERE = {  # module -> the public names that it holds
     "optim.lorafa": "LoraFAOptimizer create_lorafa_optimizer",
     "optim.loraplus": "create_loraplus_optimizer",
     "optim.riemannian": "create_riemannian_optimizer",
+    "together.runs": "EarlyStop Run RunResult RunResults",
+    "together.train": "train_together",
     "prompts.kv": "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text",
     "prompts.compose": "compose_cartridge_adapters",
     "prompts.nearest": "nearest_tokens",

@@ -249,6 +249,10 @@ class Adapter(Part):
         """A, B and a shift where forward is now layer(x) + B A dropped(x) + shift; else None."""
         return None
 
+    def unscaled(self) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
+        """A, B, s and a shift, where ``products`` are A, s B and the shift; None: s is in B."""
+        return None
+
     def gains(self) -> tuple[Tensor | None, Tensor | None] | None:
         """Gains of the inputs and of the outputs, where it only multiplies by them; else None."""
         return None
@@ -313,7 +317,18 @@ class LowRank(Additive):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (..., r, in) and B (..., out, r), all scales included."""
+        a, b, s = self.leaves()
+        return a, s * b
+
+    def leaves(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """A, B and s, where ``factors`` are A and s B: for a method that has a scale."""
         raise NotImplementedError
+
+    def unscaled(self) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
+        if type(self).factors is not LowRank.factors:
+            return None
+        a, b, s = self.leaves()
+        return None if isinstance(s, Tensor) else (a, b, s, self.shift())
 
     def shift(self) -> Tensor | None:
         """What is added to the bias (out,), where the method has that."""
@@ -323,7 +338,8 @@ class LowRank(Additive):
         return *self.factors(), self.shift()
 
     def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        return *self.factors(), 1.0, self.shift()
+        apart = self.unscaled()
+        return (*self.factors(), 1.0, self.shift()) if apart is None else apart
 
     def products(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         plain = self.sums or (

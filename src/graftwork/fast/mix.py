@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import grouped
+from . import grouped, learned
 from .grouped import Rows
+from .learned import Leaves
 from .watch import Kept, Watch, numel
 
 LARGER = 2  # factors that are computed from far fewer numbers are not kept: VeRA's, UniLoRA's
@@ -61,13 +62,13 @@ class Stacks:
 
     Args:
         terms: of each level, for ``Rows.plan``.
-        factors: of each level, for ``grouped.add``.
+        factors: of each level, for ``grouped.add``; while adapters learn, for ``learned.add``.
         shifts: of each level, (adapters, out) or None.
         gains: of the inputs and of the outputs, (adapters, d) or None.
     """
 
     terms: list[tuple[tuple[int, int], ...]]
-    factors: list[list[tuple[Tensor, Tensor]]]
+    factors: list[list[tuple[Tensor, Tensor]] | Leaves]
     shifts: list[Tensor | None]
     gains: tuple[Tensor | None, Tensor | None]
 
@@ -205,22 +206,37 @@ def _planned(
 
 
 def _size(stacks: Stacks) -> int:
-    return sum(t.numel() for level in stacks.factors for pair in level for t in pair)
+    every = [level for level in stacks.factors if not isinstance(level, Leaves)]
+    return sum(t.numel() for level in every for pair in level for t in pair)
 
 
 def stack(mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool) -> Stacks:
     """The tensors of all adapters as they are now, in ``dtype``."""
     made = Stacks([], [], [], (_gains(mix, 0, dtype), _gains(mix, 1, dtype)))
+    learning = torch.is_grad_enabled() and not (keep or torch.compiler.is_compiling())
     for level in mix.levels:
-        found = [part.products() for _, part in level.parts]
-        a, b, shifts = zip(*found, strict=True)
+        found = [_told(part, learning) for _, part in level.parts]
+        a, b, shifts, scales = zip(*found, strict=True)
         numbers = [k for k, _ in level.parts]
         terms = tuple(zip(numbers, (len(own) for own in a), strict=True))
         made.terms.append(terms)
-        made.factors.append(grouped.stacks(rows.plan(terms), a, b, dtype, keep))
+        made.factors.append(
+            Leaves(a, b, scales, dtype)
+            if learning
+            else grouped.stacks(rows.plan(terms), a, b, dtype, keep)
+        )
         given = {k: shift for k, shift in zip(numbers, shifts, strict=True) if shift is not None}
         made.shifts.append(_table(given, len(mix.scaling), 0.0, dtype))
     return made
+
+
+def _told(part: Any, learning: bool) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """A, B, a shift and a scale of B, which has it in it where nothing learns."""
+    apart = part.unscaled() if learning else None
+    if apart is None:
+        return *part.products(), 1.0
+    a, b, scale, shift = apart
+    return a, b, shift, scale
 
 
 def _gains(mix: Mix, side: int, dtype: torch.dtype) -> Tensor | None:
@@ -268,7 +284,11 @@ def run(
     for i, level in enumerate(mix.levels):
         taken = _dropped(rows, level, x)
         taken = taken if taken.dtype == dtype else taken.to(dtype)
-        flat = grouped.add(flat, taken, rows.plan(stacks.terms[i]), stacks.factors[i], free)
+        groups, factors = rows.plan(stacks.terms[i]), stacks.factors[i]
+        if isinstance(factors, Leaves):
+            flat = learned.add(flat, taken, groups, factors)
+        else:
+            flat = grouped.add(flat, taken, groups, factors, free)
         if (shifts := stacks.shifts[i]) is not None:
             each = grouped.by_row(shifts, rows.owner(x.device))
             flat = flat.add_(each) if free else flat + each

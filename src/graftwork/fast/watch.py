@@ -7,6 +7,8 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
 
@@ -22,7 +24,11 @@ class Watch:
     through ``.data`` into the same memory leaves no trace that could be seen.
     """
 
+    hooked: list[Any] = []  # into the steps of all optimizers, from the first watch on
+
     def __init__(self) -> None:
+        if not Watch.hooked:
+            Watch.hooked.append(register_optimizer_step_post_hook(_count))
         self.holders: list[dict[Any, Any]] = []
         self.keys: list[Any] = []
         self.values: list[Any] = []
@@ -75,6 +81,13 @@ class Watch:
     def learns(self) -> bool:
         """Whether a tensor wants a gradient."""
         return any(tensor.requires_grad for tensor in self.tensors)
+
+
+def _count(optimizer: Optimizer, *_: Any) -> None:
+    """Count what torch's fused optimizers have written, which they do not themselves."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if p.grad is not None])
 
 
 class Kept:

@@ -71,17 +71,12 @@ class LoRA(LowRank):
         self.need_data()
         WAITING.discard(self)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def leaves(self) -> tuple[Tensor, Tensor, float | Tensor]:
         a, b = as_factors(self.A, self.B, self.lead)
         if self.A0 is not None and self.B0 is not None:
             a0, b0 = as_factors(self.A0, self.B0, self.lead)
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
-        return a, self.scaler * b
-
-    def terms(self) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        if self.A0 is not None or type(self).factors is not LoRA.factors:
-            return super().terms()
-        return *as_factors(self.A, self.B, self.lead), float(self.scale), self.shift()
+        return a, b, self.scaler
 
     def shift(self) -> Tensor | None:
         return None if self.bias is None else self.scaler * self.bias

@@ -1,0 +1,1 @@
+"""Many trainings in one pass over one base model: ``train_together``."""
