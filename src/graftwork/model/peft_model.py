@@ -381,9 +381,17 @@ def _refuse_offload(wanted: bool) -> None:
 
 
 def _prepare_checkpointing(model: nn.Module) -> None:
-    """Checkpointing that was on before: let gradients flow out of frozen embeddings."""
+    """Reentrant checkpointing that was on before: let gradients flow out of frozen embeddings. The
+    other kind needs none there, and would compute them for every block below the adapters.
+    """
     new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
     on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
     enable: Any = getattr(model, "enable_input_require_grads", None)
-    if on and enable is not None:
+    if on and enable is not None and any(map(_reentrant, model.modules())):
         enable()
+
+
+def _reentrant(module: nn.Module) -> bool:
+    """Whether a block is checkpointed by torch's older kind, or may be."""
+    function: Any = getattr(module, "_gradient_checkpointing_func", None)
+    return function is not None and getattr(function, "keywords", {}).get("use_reentrant", True)

@@ -21,6 +21,7 @@ from .defaults import defaults
 from .plan import Plan
 from .recipe import Recipe, RecipeError
 from .tasks import Encoded, Spec, Task
+from .ways import Ways, choose
 
 Say = Callable[[str], None]
 SHORTEST = 4  # tokens that a text may be cut to
@@ -41,6 +42,7 @@ class Prepared:
         plan: what is going to happen.
         precision: in which it computes.
         remarks: what the user should know.
+        ways: how it computes.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Prepared:
     plan: Plan
     precision: str
     remarks: list[str]
+    ways: Ways
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -111,8 +114,12 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     recipe = recipe.model_copy(update={"attention": kernel})
     base.set_attention(config, kernel)
     model = adapted(recipe, task, spec, config, steps)
+    say("trying the model")
+    pad = tokenizer.pad_token_id
+    ways = choose(recipe, task, model, train.samples, pad, precision, epochs)
     say("estimating the memory")
-    made = _plan(recipe, task, model, train, steps, epochs, precision, tokenizer.pad_token_id)
+    with ways.computing(model):
+        made = _plan(recipe, task, model, train, steps, epochs, precision, pad)
     remarks = [
         *found.remarks,
         *_long(train, spec, task, "training"),
@@ -120,7 +127,9 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         *_tight(made),
         *_random(recipe),
     ]
-    return Prepared(recipe, found, spec, tokenizer, model, train, test, made, precision, remarks)
+    return Prepared(
+        recipe, found, spec, tokenizer, model, train, test, made, precision, remarks, ways
+    )
 
 
 def _check_base(task: Task, config: Any, recipe: Recipe, found: Corpus) -> None:
@@ -216,7 +225,7 @@ def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> 
     model.config.use_cache = False  # nothing is generated in training
     if recipe.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     try:
         return get_peft_model(model, method, revision=recipe.revision)
     except GraftworkError:
