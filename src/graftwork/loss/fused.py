@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..engine.host import Host
 from ..engine.inject import switch_of
+from ..engine.root import Grafted
 from ..engine.tree import inside
 from ..errors import StateError
 from ..hooks import Hooks
@@ -54,16 +55,18 @@ class FusedLoss:
         return f"{TOLD[self.kernel]}, without whole logits" if self.kernel else "not computed yet"
 
 
-def plain_model(model: Any) -> nn.Module:
+def plain_model(model: Any) -> Any:
     """The user's model within graftwork's and torch's wrappers."""
     while True:
         model, before = inside(model), model
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
+        elif isinstance(model, Grafted):
+            model = model.model
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         if model is before:
-            return model  # type: ignore[no-any-return]
+            return model
 
 
 def why_not(model: nn.Module) -> str:
@@ -120,7 +123,7 @@ class Way:
     def __init__(self, model: nn.Module, how: FusedLoss, fallback: bool) -> None:
         self.model: Any = plain_model(model)
         self.how, self.fallback = how, fallback
-        self.head: nn.Linear = self.model.get_output_embeddings()
+        self.head: Any = self.model.get_output_embeddings()
         self.forward: Callable[..., Any] = self.model.forward
         self.on = False
         self.given: Tensor | None = None  # what the output layer gave
@@ -212,6 +215,10 @@ def fused_loss(model: nn.Module, fallback: bool = False) -> Iterator[FusedLoss]:
     Raises:
         StateError: the model does not allow it, and ``fallback`` is False.
     """
+    outer = getattr(getattr(plain_model(model), "_loss_function", None), "__self__", None)
+    if isinstance(outer, Way):
+        yield outer.how
+        return
     how = FusedLoss(why_not(model))
     if how.reason:
         if not fallback:

@@ -62,9 +62,13 @@ class Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that the forward found, times the loss's own."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of a loss that was computed in parts has no gradient of its own; for "
+                "create_graph=True, compute the loss outside of fused_loss"
+            )
         saved, out = list(ctx.saved_tensors), []
         for kind, there in zip(ctx.kinds, ctx.has, strict=True):
             out.append((saved.pop(0) * upstream).to(kind) if there else None)

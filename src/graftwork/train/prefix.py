@@ -2,8 +2,9 @@
 
 Which blocks those are is found in one forward, from what autograd says. A stack is a list of
 modules, each of which is given what the one before it gave, and its frozen part ends where a
-gradient is needed. Before training all samples run through that part once. Then its first block hands out what
-was kept, and the others hand it on: masks, positions and the rest of the model stay the model's.
+gradient is needed. Before training all samples run through that part once. Then its first block
+hands out what was kept, and the others hand it on: masks, positions and the rest of the model stay
+the model's.
 """
 
 from __future__ import annotations

@@ -226,6 +226,9 @@ def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> 
     if recipe.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # transformers made the embeddings' output ask for a gradient, for reentrant checkpointing:
+        # then every block below the adapters would compute one
+        model.disable_input_require_grads()
     try:
         return get_peft_model(model, method, revision=recipe.revision)
     except GraftworkError:

@@ -31,12 +31,14 @@ class Ways:
         padded: why batches are padded; empty where they are packed.
         spared: the share of tokens that packing spares, or would.
         prefix: the frozen blocks whose states are kept; None where none are.
+        language: whether the task has a loss for each token, so that there is a choice.
     """
 
     loss: FusedLoss
     padded: str
     spared: float = 0.0
     prefix: Prefix | None = None
+    language: bool = True
 
     @property
     def packed(self) -> bool:
@@ -79,7 +81,7 @@ def choose(
         loss = _loss(recipe, task, model, samples, pad)
         padded, spared = _padded(recipe, task, model, samples, pad)
         kept = _prefix(recipe, model, samples, pad, epochs)
-    return Ways(loss, padded, spared, kept)
+    return Ways(loss, padded, spared, kept, not _language(task))
 
 
 def _language(task: Task) -> str:
@@ -144,12 +146,10 @@ def _prefix(recipe: Recipe, model: Any, samples: Samples, pad: int, epochs: floa
 
 def told(ways: Ways) -> list[tuple[str, str]]:
     """The ways as names and texts, for the plan."""
-    batches = (
-        f"padded: {ways.padded}"
-        if ways.padded
-        else f"packed without padding, which was {ways.spared:.1%} of the tokens"
-    )
-    lines = [("loss", str(ways.loss)), ("batches", batches)]
+    batches = f"packed, without padding ({ways.spared:.1%} of the tokens before)"
+    if ways.padded:
+        batches = f"padded: {ways.padded}"
+    lines = [("loss", str(ways.loss)), ("batches", batches)] if ways.language else []
     if (kept := ways.prefix) is not None:
         lines.append(
             (
