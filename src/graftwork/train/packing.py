@@ -232,15 +232,16 @@ def _tried(model: Any, samples: Samples, pad: int) -> str:
     batch = [short(samples[i], TOKENS - 5 * n) for n, i in enumerate(chosen)]
     training = model.training
     model.eval()
+    real = pack(batch)
+    lengths = real.pop("lengths")
     try:
-        padded, real = collate(batch, pad), pack(batch)
-        lengths = real.pop("lengths")
-        want = _losses(model, padded)
-        with packed(model, lengths):
-            found = _losses(model, real)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        text = str(error).strip().splitlines()
-        return f"{type(error).__name__} on trying: {text[0][:120] if text else ''}"
+        want = _losses(model, collate(batch, pad))
+        try:
+            with packed(model, lengths):
+                found = _losses(model, real)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            text = str(error).strip().splitlines()
+            return f"{type(error).__name__} on trying: {text[0][:120] if text else ''}"
     finally:
         model.train(training)
     off = float((want - found).abs().max()) if len(want) else 0.0
