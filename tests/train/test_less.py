@@ -220,6 +220,18 @@ def test_a_training_is_the_same_in_every_way(llama: Path, uneven: Path, tmp_path
     assert less.before == pytest.approx(plain.before, rel=1e-5)
 
 
+def test_half_precision_takes_the_same_ways(llama: Path, uneven: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"precision": "bf16", "cache_prefix": True, "epochs": 2, **TOP}
+    less = run(llama, uneven, tmp_path / "l", **more)
+    assert "a part of the rows at a time, without whole logits" in lines(less)["loss"]
+    assert lines(less)["batches"].startswith("packed") and "prefix" in lines(less)
+    plain = run(
+        llama, uneven, tmp_path / "p", fused_loss="off", packing="off",
+        **{**more, "cache_prefix": False},
+    )  # fmt: skip
+    assert less.after["loss"] == pytest.approx(plain.after["loss"], rel=2e-2)
+
+
 def test_packing_where_it_does_not_pay_or_cannot_be(
     llama: Path, bert: Path, answers: Path, reviews: Path, tmp_path: Path
 ) -> None:

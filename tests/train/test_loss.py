@@ -220,6 +220,20 @@ def test_nothing_is_left_behind_and_other_forwards_are_as_ever() -> None:
     assert "forward" not in base.__dict__
 
 
+def test_output_layers_that_are_something_else() -> None:
+    class Own(nn.Linear):
+        """A layer that may compute anything."""
+
+    model = tied(tie_word_embeddings=False)
+    model.lm_head = Own(32, 64, bias=False)
+    with fused_loss(model, fallback=True) as how:
+        assert "test_loss.Own" in how.reason
+    model.lm_head = nn.Linear(32, 64, bias=False)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    with fused_loss(model, fallback=True) as how:
+        assert "hooked to the output layer" in how.reason
+
+
 def test_a_compiled_model_is_run_as_it_is() -> None:
     model = torch.compile(adapted("llama"), backend="eager")
     with fused_loss(model, fallback=True) as how:

@@ -101,8 +101,11 @@ def compiled(model: nn.Module) -> bool:
 def _why_not_head(head: nn.Module) -> str:
     if isinstance(head, Host):
         return "the output layer has an adapter"
-    if type(head) is not nn.Linear or type(head.weight) not in (Tensor, nn.Parameter):
-        return f"the output layer is a {type(head).__name__} over a {type(head.weight).__name__}"
+    kind, weight = type(head), type(head.weight)
+    if kind is not nn.Linear:
+        return f"the output layer is a {kind.__module__}.{kind.__name__}"
+    if weight not in (Tensor, nn.Parameter):
+        return f"the output layer's weight is a {weight.__name__}"
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
     if hooks or head._backward_pre_hooks or "forward" in head.__dict__:
         return "something is hooked to the output layer"

@@ -121,7 +121,7 @@ class _Now:
     """The packed row that a model computes; backward passes in other threads see it too."""
 
     rows: Rows | None = None
-    plain = "sdpa"
+    plain: dict[int, str] = {}  # id of a config -> the attention that it names
 
 
 def _attend(
@@ -133,13 +133,15 @@ def _attend(
     rows = _Now.rows
     assert rows is not None
     q, k, v = (rows.spread(x) for x in (query, key, value))
-    if _Now.plain == "eager":
+    every = list(_Now.plain.values())
+    name = _Now.plain.get(id(getattr(module, "config", None)), every[0])
+    if name == "eager":
         function = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
         if mask is None:
             mask = torch.ones(rows.longest, rows.longest, device=q.device).tril().bool()[None, None]
         mask = torch.zeros((), dtype=q.dtype, device=q.device).where(mask, torch.finfo(q.dtype).min)
     else:
-        function = ALL_ATTENTION_FUNCTIONS[_Now.plain]
+        function = ALL_ATTENTION_FUNCTIONS[name]
     return rows.gather(function(module, q, k, v, mask, *args, **more)[0]), None
 
 
@@ -168,7 +170,7 @@ def packed(model: Any, lengths: Tensor) -> Iterator[None]:
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)
     before = [(c, c._attn_implementation) for c in ours]
-    _Now.rows, _Now.plain = Rows(lengths, model.device), before[0][1]
+    _Now.rows, _Now.plain = Rows(lengths, model.device), {id(c): name for c, name in before}
     try:
         for config in ours:
             config._attn_implementation = NAME
@@ -244,9 +246,12 @@ def _tried(model: Any, samples: Samples, pad: int) -> str:
             return f"{type(error).__name__} on trying: {text[0][:120] if text else ''}"
     finally:
         model.train(training)
-    off = float((want - found).abs().max()) if len(want) else 0.0
-    allowed = 1e-4 if model.dtype == torch.float32 else 0.1
-    return f"the losses of tokens differ by {off:.2g}" if not off <= allowed else ""
+    if not len(want):
+        return ""
+    off = (want - found).abs()
+    exact = model.dtype == torch.float32
+    same = off.max() <= 1e-4 if exact else off.max() <= 0.5 and off.mean() <= 0.03
+    return "" if same else f"the losses of tokens differ by {off.max():.2g}"
 
 
 def short(sample: Sample, most: int = TOKENS) -> Sample:
@@ -255,9 +260,10 @@ def short(sample: Sample, most: int = TOKENS) -> Sample:
 
 
 def _losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of each token, in the order of the samples."""
+    """The loss of each token, in the order of the samples, in the model's own precision."""
     batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
     labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits[:, :-1].float()
+    with torch.autocast(model.device.type, enabled=False):
+        logits = model(**batch).logits[:, :-1].float()
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     return losses[labels != IGNORED]

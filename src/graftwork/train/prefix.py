@@ -24,6 +24,7 @@ from ..engine.inject import switch_of
 from ..engine.tree import inside, walk
 from ..errors import TrainingError
 from ..loss.fused import plain_model
+from . import base
 from .recipe import RecipeError
 from .samples import Samples, in_batches
 
@@ -304,7 +305,7 @@ class Cache:
                         losses.append(float(model(**batch).loss))
                 else:
                     losses.append(float(model(**batch).loss))
-        near = 1e-4 if self.prefix.dtype == torch.float32 else 2e-2
+        near = base.rounding(model)
         if not math.isclose(*losses, rel_tol=near, abs_tol=near):
             raise TrainingError(
                 f"--cache-prefix: from the kept states the loss is {losses[1]:.6g}, and computed "

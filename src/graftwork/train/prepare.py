@@ -97,10 +97,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     _check_base(task, config, recipe, found)
     method = _method(recipe, task, spec)
     virtual = _virtual(method, task, recipe, config)
-    usual = defaults(recipe.method).base_dropout if base.dropouts(config) else None
-    dropout = usual if recipe.base_dropout is None else recipe.base_dropout
-    if dropout is not None:
-        base.set_dropout(config, dropout)
+    _set_dropout(recipe, config)
     limit = _limit(recipe, task, base.longest(tokenizer, config), virtual)
     spec = replace(spec, max_length=limit)
     say("encoding the data")
@@ -110,9 +107,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     say("loading the base model")
     precision = base.choose_precision(recipe.precision)
     keys = max(train.samples.lengths()) + (method.n if method.is_prompt_learning else 0)
-    kernel = base.choose_attention(recipe.attention, keys)
-    recipe = recipe.model_copy(update={"attention": kernel})
-    base.set_attention(config, kernel)
+    recipe = _with_attention(recipe, config, keys)
     model = adapted(recipe, task, spec, config, steps)
     say("trying the model")
     pad = tokenizer.pad_token_id
@@ -130,6 +125,21 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     return Prepared(
         recipe, found, spec, tokenizer, model, train, test, made, precision, remarks, ways
     )
+
+
+def _set_dropout(recipe: Recipe, config: Any) -> None:
+    """The base's dropout: the user's, or the method's where the model has any."""
+    usual = defaults(recipe.method).base_dropout if base.dropouts(config) else None
+    dropout = usual if recipe.base_dropout is None else recipe.base_dropout
+    if dropout is not None:
+        base.set_dropout(config, dropout)
+
+
+def _with_attention(recipe: Recipe, config: Any, keys: int) -> Recipe:
+    """The recipe with the kernel that is used for so many keys, which the config notes too."""
+    kernel = base.choose_attention(recipe.attention, keys)
+    base.set_attention(config, kernel)
+    return recipe.model_copy(update={"attention": kernel})
 
 
 def _check_base(task: Task, config: Any, recipe: Recipe, found: Corpus) -> None:

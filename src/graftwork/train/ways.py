@@ -107,7 +107,7 @@ def _loss(recipe: Recipe, task: Task, model: Any, samples: Samples, pad: int) ->
             found = float(model(**batch).loss)
         if how:
             want = float(model(**batch).loss)
-            near = 1e-4 if model.dtype == torch.float32 else 2e-2
+            near = base.rounding(model)
             if not math.isclose(found, want, rel_tol=near, abs_tol=near):
                 how.reason = f"its loss would be {found:.5g} where the model's own is {want:.5g}"
     finally:
