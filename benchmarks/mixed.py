@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -99,7 +100,7 @@ def measure(shape: Shape, library: Any) -> float:
     plain = LlamaForCausalLM(model.config).eval().to(model.device, model.dtype)
     ids = torch.randint(0, 4096, (len(shape.ranks), shape.tokens), device=model.device)
     names = [f"a{i}" for i in range(len(shape.ranks))]
-    found = ratio(model, ids, names, lambda: plain(input_ids=ids))
+    found = ratio(model, ids, names, partial(plain, input_ids=ids))
     del model, plain
     gc.collect()
     return found

@@ -96,7 +96,8 @@ def together(seed: int) -> float:
         head = made.head_rate or made.rate
         settings = Settings(made.steps, made.rate, head, prepared.precision, Path(folder))
         pad = prepared.tokenizer.pad_token_id
-        loop = Loop(prepared.recipe, settings, model, prepared.train.samples, pad)
+        samples, ways = prepared.train.samples, prepared.ways
+        loop = Loop(prepared.recipe, settings, model, samples, pad, ways)
         groups = loop.optimizer.param_groups  # of the adapters, and of the head
         prefix = {id(p) for n, p in model.named_parameters() if ".adapters.prefix." in n}
         own = [p for p in groups[0]["params"] if id(p) in prefix]

@@ -88,9 +88,17 @@ class _Loader(importlib.abc.Loader):
 
 
 def checkpointing(model: Any) -> bool:
-    """Whether checkpointing was on before, in a model of transformers; asked while there are no
-    hosts, through which it would look.
+    """Whether reentrant checkpointing was on before, in a model of transformers, so that gradients
+    must flow out of frozen embeddings; the other kind needs none there, and would compute them for
+    every block below the adapters. Asked while there are no hosts, through which it would look.
     """
     new = hasattr(type(model), "is_activation_checkpointing")  # transformers' name since 5.2x
     on = getattr(model, f"is_{'activation' if new else 'gradient'}_checkpointing", False)
-    return bool(on) and hasattr(model, "enable_input_require_grads")
+    able = bool(on) and hasattr(model, "enable_input_require_grads")
+    return able and any(map(_reentrant, model.modules()))
+
+
+def _reentrant(module: Any) -> bool:
+    """Whether a block is checkpointed by torch's older kind, or may be."""
+    function: Any = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(function) and getattr(function, "keywords", {}).get("use_reentrant", True)

@@ -214,6 +214,12 @@ def choose_precision(wanted: str) -> str:
     return "bf16" if fast else "fp32"
 
 
+def rounding(model: Any) -> float:
+    """How far two ways of computing a model's loss may differ, relative to it, here and now."""
+    exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    return 1e-4 if exact else 2e-2
+
+
 @contextlib.contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """The precision in which the model computes."""

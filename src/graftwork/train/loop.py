@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,16 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..errors import TrainingError
 from ..parts.whole import Copy
 from . import base
+from .packing import pack, packed
+from .prefix import GB, Cache
 from .recipe import Recipe
-from .samples import ByLength, Samples, collate
+from .samples import ByLength, Sample, Samples, collate
+from .ways import PLAIN, Ways, order_of
 
 
 @dataclass(frozen=True)
@@ -48,38 +52,98 @@ class Loop(transformers.Trainer):  # type: ignore[misc]
     """The Trainer, with this package's order, precision and checks."""
 
     def __init__(
-        self, recipe: Recipe, settings: Settings, model: nn.Module, samples: Samples, pad: int
-    ) -> None:
-        self.recipe, self.settings = recipe, settings
+        self, recipe: Recipe, settings: Settings, model: nn.Module, samples: Samples, pad: int,
+        ways: Ways = PLAIN,
+    ) -> None:  # fmt: skip
+        self.recipe, self.settings, self.ways = recipe, settings, ways
+        self.samples, self.pad = samples, pad
+        self.cache: Cache | None = None
         super().__init__(
             model=model,
             args=_arguments(recipe, settings),
-            train_dataset=samples,
-            data_collator=partial(collate, pad=pad),
+            train_dataset=Numbered(samples),
+            data_collator=partial(together, packed=ways.packed, pad=pad),
             optimizers=(optimizer(model, settings, recipe.weight_decay), None),
         )
         self.remove_callback(transformers.PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
-        together = self.recipe.batch_size * self.recipe.gradient_accumulation
-        return ByLength(self.train_dataset.lengths(), together, self.recipe.seed)
+        return order_of(self.recipe, self.samples)
+
+    def keep(self) -> None:
+        """Run the frozen blocks on all samples, where the recipe wants that."""
+        if (prefix := self.ways.prefix) is None:
+            return
+        most = int(self.recipe.cache_prefix_gb * GB)
+        self.cache = Cache(prefix, self.samples, most, self.settings.folder)
+        with base.autocast(self.settings.precision, self.args.device):
+            self.cache.fill(self.model, self.recipe.batch_size, self.pad)
+
+    def close(self) -> None:
+        """Drop what ``keep`` made."""
+        if self.cache is not None:
+            self.cache.close()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch, in the chosen precision."""
-        with base.autocast(self.settings.precision, self.args.device):
+        """The loss of a batch, in the chosen precision and way."""
+        fused = self.ways.computing(model)
+        with base.autocast(self.settings.precision, self.args.device), fused:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    @contextmanager
+    def _within(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """What a step's forward and backward pass need around them."""
+        rows, lengths = inputs.pop("rows"), inputs.pop("lengths", None)
+        cache, is_packed = self.cache, lengths is not None
+        with ExitStack() as stack:
+            if is_packed:
+                stack.enter_context(packed(self.model, lengths))
+            if cache is not None:
+                if not cache.checked:
+                    given = {k: t.to(self.args.device) for k, t in inputs.items()}
+                    with base.autocast(self.settings.precision, self.args.device):
+                        cache.check(self.model, given, rows, is_packed)
+                stack.enter_context(cache.used(self.model, rows, is_packed))
+            yield
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward pass.
 
         Raises:
             TrainingError: the loss is no number; nothing was changed by this step.
         """
-        loss: Tensor = super().training_step(*args, **kwargs)
+        with self._within(inputs):
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss).all():
             step = self.state.global_step + 1
             raise TrainingError(not_a_number(float(loss), step, self.settings, self.recipe))
         return loss
+
+
+class Numbered(Dataset[tuple[int, Sample]]):
+    """Samples with their numbers."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Sample]:
+        return index, self.samples[index]
+
+
+def together(batch: Sequence[tuple[int, Sample]], packed: bool, pad: int) -> dict[str, Any]:
+    """A batch's tensors, and ``rows``: the numbers of its samples.
+
+    Args:
+        batch: the samples with their numbers.
+        packed: in one row, without padding.
+        pad: the padding token.
+    """
+    samples = [sample for _, sample in batch]
+    made: dict[str, Any] = pack(samples) if packed else collate(samples, pad)
+    return {**made, "rows": torch.tensor([number for number, _ in batch])}
 
 
 def not_a_number(loss: float, step: int, settings: Settings, recipe: Recipe) -> str:

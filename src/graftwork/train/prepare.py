@@ -21,6 +21,7 @@ from .defaults import defaults
 from .plan import Plan
 from .recipe import Recipe, RecipeError
 from .tasks import Encoded, Spec, Task
+from .ways import Ways, choose
 
 Say = Callable[[str], None]
 SHORTEST = 4  # tokens that a text may be cut to
@@ -41,6 +42,7 @@ class Prepared:
         plan: what is going to happen.
         precision: in which it computes.
         remarks: what the user should know.
+        ways: how it computes.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Prepared:
     plan: Plan
     precision: str
     remarks: list[str]
+    ways: Ways
 
 
 def settle(recipe: Recipe) -> Recipe:
@@ -94,10 +97,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     _check_base(task, config, recipe, found)
     method = _method(recipe, task, spec)
     virtual = _virtual(method, task, recipe, config)
-    usual = defaults(recipe.method).base_dropout if base.dropouts(config) else None
-    dropout = usual if recipe.base_dropout is None else recipe.base_dropout
-    if dropout is not None:
-        base.set_dropout(config, dropout)
+    _set_dropout(recipe, config)
     limit = _limit(recipe, task, base.longest(tokenizer, config), virtual)
     spec = replace(spec, max_length=limit)
     say("encoding the data")
@@ -107,12 +107,14 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     say("loading the base model")
     precision = base.choose_precision(recipe.precision)
     keys = max(train.samples.lengths()) + (method.n if method.is_prompt_learning else 0)
-    kernel = base.choose_attention(recipe.attention, keys)
-    recipe = recipe.model_copy(update={"attention": kernel})
-    base.set_attention(config, kernel)
+    recipe = _with_attention(recipe, config, keys)
     model = adapted(recipe, task, spec, config, steps)
+    say("trying the model")
+    pad = tokenizer.pad_token_id
+    ways = choose(recipe, task, model, train.samples, pad, precision, epochs)
     say("estimating the memory")
-    made = _plan(recipe, task, model, train, steps, epochs, precision, tokenizer.pad_token_id)
+    with ways.computing(model):
+        made = _plan(recipe, task, model, train, steps, epochs, precision, pad)
     remarks = [
         *found.remarks,
         *_long(train, spec, task, "training"),
@@ -120,7 +122,24 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         *_tight(made),
         *_random(recipe),
     ]
-    return Prepared(recipe, found, spec, tokenizer, model, train, test, made, precision, remarks)
+    return Prepared(
+        recipe, found, spec, tokenizer, model, train, test, made, precision, remarks, ways
+    )
+
+
+def _set_dropout(recipe: Recipe, config: Any) -> None:
+    """The base's dropout: the user's, or the method's where the model has any."""
+    usual = defaults(recipe.method).base_dropout if base.dropouts(config) else None
+    dropout = usual if recipe.base_dropout is None else recipe.base_dropout
+    if dropout is not None:
+        base.set_dropout(config, dropout)
+
+
+def _with_attention(recipe: Recipe, config: Any, keys: int) -> Recipe:
+    """The recipe with the kernel that is used for so many keys, which the config notes too."""
+    kernel = base.choose_attention(recipe.attention, keys)
+    base.set_attention(config, kernel)
+    return recipe.model_copy(update={"attention": kernel})
 
 
 def _check_base(task: Task, config: Any, recipe: Recipe, found: Corpus) -> None:
@@ -216,7 +235,10 @@ def adapted(recipe: Recipe, task: Task, spec: Spec, config: Any, steps: int) -> 
     model.config.use_cache = False  # nothing is generated in training
     if recipe.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # transformers made the embeddings' output ask for a gradient, for reentrant checkpointing:
+        # then every block below the adapters would compute one
+        model.disable_input_require_grads()
     try:
         return get_peft_model(model, method, revision=recipe.revision)
     except GraftworkError:

@@ -79,6 +79,20 @@ class Recipe(BaseModel):
     attention: str = _option(
         MACHINE, "auto, eager, sdpa or another of transformers' kernels", "auto"
     )
+    fused_loss: Literal["auto", "off"] = _option(
+        MACHINE, "auto: the loss without whole logits where the model allows it; or off", "auto"
+    )
+    packing: Literal["auto", "on", "off"] = _option(
+        MACHINE,
+        "batches without padding: auto (where that is the same and spares 5 %), on, off",
+        "auto",
+    )
+    cache_prefix: bool = _option(
+        MACHINE, "run the frozen blocks below the lowest adapter once, for all epochs", False
+    )
+    cache_prefix_gb: float = _option(
+        MACHINE, "GB of their states held in memory; more goes into a file", 2.0, gt=0
+    )
     gradient_checkpointing: bool = _option(MACHINE, "less memory for a third more time", False)
     checkpoint_steps: int = _option(MACHINE, "steps between two checkpoints", 500, ge=1)
     revision: str | None = _option(MACHINE, "the base model's revision on the hub")

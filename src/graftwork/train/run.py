@@ -156,16 +156,21 @@ def _trained(prepared: Prepared, screen: Screen, place: Place, checkpoint: Path 
     settings = loop.Settings(
         made.steps, made.rate, made.head_rate or made.rate, prepared.precision, place.work
     )
-    training = loop.Loop(recipe, settings, prepared.model, prepared.train.samples, pad)
+    samples, ways = prepared.train.samples, prepared.ways
+    training = loop.Loop(recipe, settings, prepared.model, samples, pad, ways)
     training.add_callback(loop.Meter(screen.step))
     screen.say("measuring before training")
     before = measured(prepared)
     stop = loop.Stop(screen.stopping)
-    screen.start(made.steps, recipe.batch_size * recipe.gradient_accumulation)
     began = time.monotonic()
     try:
+        if ways.prefix is not None:
+            screen.say("running the frozen blocks")
+            training.keep()
+        screen.start(made.steps, recipe.batch_size * recipe.gradient_accumulation)
         complete = loop.run(training, stop, checkpoint)
     finally:
+        training.close()
         screen.end()
     seconds = time.monotonic() - began
     if not complete:
@@ -184,7 +189,8 @@ def measured(prepared: Prepared) -> dict[str, float]:
     model = prepared.model
     task, size = prepared.corpus.task, prepared.recipe.batch_size
     model.eval()
-    with base.autocast(prepared.precision, model.device):
+    fused = prepared.ways.computing(model)
+    with base.autocast(prepared.precision, model.device), fused:
         return task.measure(model, prepared.test.samples, size, prepared.tokenizer.pad_token_id)
 
 

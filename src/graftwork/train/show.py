@@ -16,6 +16,7 @@ from . import corpus
 from .plan import Plan
 from .prepare import Prepared
 from .run import Result, near
+from .ways import told
 
 SHARE = 0.1  # without a terminal, a line for each such share of the steps
 
@@ -167,6 +168,7 @@ def plan_lines(prepared: Prepared) -> list[tuple[str, str]]:
         ("steps", f"{made.steps:,} of {together} samples ({epochs}), {prepared.precision}"),
         ("length", f"at most {spec.max_length} tokens{_virtual(made.virtual)}"),
         ("rate", f"{made.rate:g}{heads}, {recipe.schedule}"),
+        *told(prepared.ways),
         ("memory", memory(made)),
         ("output", near(Path(str(recipe.output)))),
     ]
@@ -285,4 +287,5 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "max_length": prepared.spec.max_length,
         "virtual_tokens": made.virtual,
         "memory_bytes": made.memory.total,
+        **dict(told(prepared.ways)),
     }
