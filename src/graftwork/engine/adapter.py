@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..fast import choose
 from ..fast.tensors import lasting
 from .site import Site
 
@@ -293,16 +294,17 @@ class Additive(Adapter):
 
     def dropped(self, x: Tensor) -> Tensor:
         """The branch's input in training; ids have no dropout."""
+        if type(self.dropout) is nn.Dropout and x.is_floating_point():
+            return choose.dropped(x, self.rate() or 0.0, id(self))
         return self.dropout(x) if x.is_floating_point() else x
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         return layer(x) + self.branch(self.dropped(x), layer.site)
 
     def rate(self) -> float | None:
-        drop = self.dropout
-        if type(drop) is nn.Dropout:
-            return drop.p if self.training else 0.0
-        return 0.0 if type(drop) is nn.Identity else None
+        if type(self.dropout) is nn.Dropout:
+            return self.dropout.p if self.training else 0.0
+        return 0.0 if type(self.dropout) is nn.Identity else None
 
     def delta_norm(self, w: Tensor) -> float:
         return float(self.delta().norm())

@@ -88,7 +88,7 @@ class Host(nn.Module):
         for name in names:
             own = every[name]._modules.values() if name in every else ()
             parts += [part for part in own if isinstance(part, Adapter)]
-        return sorted(parts, key=_above) if len(parts) > 1 else parts
+        return parts if len(parts) < 2 else sorted(parts, key=lambda one: "merge" in one.FORBIDS)
 
     def run(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -141,7 +141,8 @@ class Host(nn.Module):
     def adopt(self, name: str, key: str, part: Part) -> None:
         """Take a part of an adapter in, or what all its parts share."""
         parts = self.adapters._modules  # not through ModuleDict, to which "keys" is no name
-        parts.setdefault(name, nn.ModuleDict())._modules[key] = part.train(self.training)
+        own = parts.setdefault(name, nn.ModuleDict().train(self.training))
+        own._modules[key] = part.train(self.training)
         self.switch.flags.add(name, part)
         if isinstance(part, Adapter):
             hides = type(part).hides is not Adapter.hides
@@ -231,10 +232,6 @@ class Host(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
-
-
-def _above(part: Adapter) -> bool:
-    return "merge" in part.FORBIDS
 
 
 def no_autocast(module: nn.Module) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import StateError
-from . import mix
+from . import choose, mix
 from .rows import expand, join, take, tensors_in
 
 TOGETHER = ("",)  # instead of names: the rows that share one pass; a name is never empty
@@ -36,11 +37,13 @@ def split(host: Any, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[
         if n != len(rows):  # values that were made for this call's own inputs
             context = take(context, where, n)
         own = tuple(owners[i] for i in index)  # for the hosts within this one
+        choose.STATE.split = host
         with host.switch.call(call.active, own, **context):
             taken = take(args, where, n), take(kwargs, where, n)
             together = names == TOGETHER
             parts.append(host.mixed(own, *taken) if together else host.choose(names, *taken))
         order.extend(index)
+    choose.STATE.split = None
     return join(parts, torch.tensor(order, device=device).argsort())
 
 
@@ -51,6 +54,8 @@ def joint(
     x: Any = args[0] if args else kwargs.get("input")
     if not (_open(host) and isinstance(x, Tensor) and x.ndim > 1 and x.is_floating_point()):
         return None
+    if choose.STATE.split is not host:  # else x is some rows of what the layer was given
+        choose.STATE.given = weakref.ref(x)
     named, dtype = {k: v for k, v in kwargs.items() if k != "input"}, host.dtypes(x)[1] or x.dtype
 
     def base(x: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,26 +39,29 @@ class Mask:
 
     Args:
         p: the probability that a number is dropped; no number is scaled.
+        shape: (rows, columns).
         rows: how many rows share one offset.
         starts: the offsets.
         size: of the pool.
     """
 
     p: float
+    shape: torch.Size
     rows: int
     starts: tuple[int, ...]
     size: int
 
     @classmethod
-    def draw(cls, p: float, x: Tensor) -> Mask:
-        """A new mask for x (rows, columns), by torch's generator of the CPU."""
+    def draw(cls, p: float, x: Tensor, generator: torch.Generator | None = None) -> Mask:
+        """A new mask for x (rows, columns), by torch's generator of the CPU or another one."""
         n, columns = x.shape
         size = SIZE.get(x.device.type, SIZE["cpu"])
         while size < 4 * columns:
             size *= 2
         rows = max(1, min(n, size // 2 // max(columns, 1)))
         high = size - rows * columns + 1
-        return cls(p, rows, tuple(torch.randint(high, (-(-n // rows),)).tolist()), size)
+        starts = torch.randint(high, (-(-n // rows),), generator=generator, device="cpu").tolist()
+        return cls(p, x.shape, rows, tuple(starts), size)
 
     def windows(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of x, and their bits in its dtype."""
@@ -86,3 +91,51 @@ class Mask:
         for rows, bits in self.windows(x):
             y[rows].addcmul_(x[rows], bits)
         return y
+
+
+@dataclass
+class Reading:
+    """The input that layers read one after another, and the mask that they have in common."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    mask: Mask
+    readers: set[int]
+
+
+def reading(
+    last: Reading | None, given: Tensor, reader: int, p: float, draw: Callable[[], Mask]
+) -> Reading:
+    """One more layer reads an input: with the mask that the ones before it had, where they read the
+    same, else with a new one.
+
+    Args:
+        last: what was read last.
+        given: the input.
+        reader: which layer it is; one that comes again has a new mask.
+        p: of its dropout.
+        draw: makes a new mask.
+    """
+    if (
+        last is None
+        or last.x() is not given
+        or last.version != given._version
+        or last.mask.p != p
+        or reader in last.readers
+    ):
+        return Reading(weakref.ref(given), given._version, draw(), {reader})
+    last.readers.add(reader)
+    return last
+
+
+class Dropped(torch.autograd.Function):
+    """x (rows, columns) with dropout: ``apply(mask, x)``."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Mask, x: Tensor) -> Tensor:
+        ctx.mask = mask
+        return mask.times(x).mul_(1 / (1 - mask.p) if mask.p < 1 else 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return None, Dropped.apply(ctx.mask, g)  # type: ignore[no-untyped-call]

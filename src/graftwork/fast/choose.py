@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .bits import Mask
+from .bits import Dropped, Mask, Reading, reading
 from .linear import Follower, Leader, Shrink, flat, product
-from .plain import PLAIN, watched
+from .plain import PLAIN, traced, watched
 from .scale import Scaled
 
 if TYPE_CHECKING:
@@ -63,25 +63,13 @@ class Update:
         return self.gain is not None
 
 
-@dataclass
-class Last:
-    """The input that a layer was given last, and which layers have read it one after another."""
-
-    x: weakref.ref[Tensor]
-    version: int
-    leader: weakref.ref[LayerHost]
-    mask: Mask | None
-    readers: set[int]
-
-    def read(self, x: Tensor, host: LayerHost) -> bool:
-        """Whether ``host`` is one more layer that reads the same."""
-        return self.x() is x and self.version == x._version and id(host) not in self.readers
-
-
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.pending: Pending | None = None
-        self.last: Last | None = None
+        self.last: Reading | None = None  # who drops what
+        self.leader: tuple[weakref.ref[Tensor], int, weakref.ref[LayerHost]] | None = None
+        self.given: weakref.ref[Tensor] | None = None  # what a layer got for a mixed batch
+        self.split: Any = None  # the layer that runs such a batch in groups just now
         self.time: int | None = None  # that of the forward that is being repeated, in a backward
 
 
@@ -199,8 +187,7 @@ def _run(
         if pending is not None and pending.x is given and pending.call is call:
             for i, (one, update, s) in enumerate(pending.rest):
                 if one is host and pending.version == given._version:
-                    if STATE.last is not None:
-                        STATE.last.readers.add(id(host))
+                    _mask(host, given, x, update.rate)
                     del pending.rest[i]
                     y = _follow(pending, update, s, own)
                     STATE.pending = pending if pending.rest else None
@@ -212,7 +199,7 @@ def _run(
         bias = None if update.scales else own.bias
         y = product(x, own.w, bias, update.a, update.b, update.k)
         return finished(y, update, own)
-    mask = _met(host, given, x, update.rate)
+    mask = _mask(host, given, x, update.rate)
     s = Shrink.apply(mask, x, torch.cat(update.a))  # type: ignore[no-untyped-call]
     return _onto(x, s, update, own)
 
@@ -242,7 +229,8 @@ def finished(y: Tensor, update: Update, own: Own) -> Tensor:
 def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -> Tensor:
     call = host.switch.current()
     others = [] if call.rows is not None else list(_followers(host, update, given, call))
-    mask = _met(host, given, x, update.rate)
+    _learn(host, given)
+    mask = _mask(host, given, x, update.rate)
     every = [update, *(theirs for _, theirs in others)]
     a = [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in every]
     share, alias = given.requires_grad and own.w is not None, x
@@ -310,28 +298,48 @@ def _followers(
             yield other, combined(parts)
 
 
-def _met(host: LayerHost, given: Tensor, x: Tensor, rate: float) -> Mask | None:
-    """The mask for an input, which layers have in common that read it one after another, and a
-    note of who they are. What is drawn does not depend on what has been learned.
-    """
+def _mask(host: LayerHost, given: Tensor, x: Tensor, rate: float) -> Mask | None:
+    """The mask for an input, which does not depend on what has been learned."""
+    if not rate:
+        return None
     if given.is_inference():  # which counts no versions
-        return Mask.draw(rate, flat(x)) if rate else None
-    last, switch = STATE.last, host.switch
-    if last is None or not last.read(given, host):
-        mask = Mask.draw(rate, flat(x)) if rate else None
-        STATE.last = Last(weakref.ref(given), given._version, weakref.ref(host), mask, {id(host)})
-        return mask
-    last.readers.add(id(host))
-    leader = last.leader()
-    if leader is not None and leader.switch is switch and STATE.time is None:
-        known = FOLLOWERS.setdefault(leader, {})
-        before = known[max(known)] if known else ()
-        if all(one() is not host for one in before):
-            known[switch.time + 1] = (*before, weakref.ref(host))
-            switch.learned = True
-    if (last.mask.p if last.mask else 0.0) != rate:
-        last.mask = Mask.draw(rate, flat(x)) if rate else None
-    return last.mask
+        return Mask.draw(rate, flat(x))
+    STATE.last = reading(STATE.last, given, id(host), rate, lambda: Mask.draw(rate, flat(x)))
+    return STATE.last.mask
+
+
+def dropped(x: Tensor, rate: float, reader: int) -> Tensor:
+    """Dropout as the fast path has it, for the plain one.
+
+    Args:
+        x: the input (..., n).
+        rate: the share that is dropped.
+        reader: which layer reads it.
+    """
+    if not rate:
+        return x
+    if traced(x) or x.is_inference():
+        return torch.nn.functional.dropout(x, rate)
+    STATE.last = reading(STATE.last, x, reader, rate, lambda: Mask.draw(rate, flat(x)))
+    y: Tensor = Dropped.apply(STATE.last.mask, flat(x))  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
+
+
+def _learn(host: LayerHost, given: Tensor) -> None:
+    """Note that a layer has read an input, and which one was the first to read it."""
+    if STATE.time is not None:
+        return
+    last, switch = STATE.leader, host.switch
+    leader = None if last is None else last[2]()
+    same = last is not None and last[0]() is given and last[1] == given._version
+    if not same or leader is None or leader is host or leader.switch is not switch:
+        STATE.leader = weakref.ref(given), given._version, weakref.ref(host)
+        return
+    known = FOLLOWERS.setdefault(leader, {})
+    before = known[max(known)] if known else ()
+    if all(one() is not host for one in before):
+        known[switch.time + 1] = (*before, weakref.ref(host))
+        switch.learned = True
 
 
 def settle(switch: Any) -> int:
@@ -339,5 +347,5 @@ def settle(switch: Any) -> int:
     time: int = switch.time
     if switch.learned:
         switch.time, switch.learned = time + 1, False
-    STATE.pending = STATE.last = None
+    STATE.pending = STATE.last = STATE.leader = None
     return time

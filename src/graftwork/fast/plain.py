@@ -31,10 +31,14 @@ def plain_path() -> Iterator[None]:
 
 
 def watched(x: Tensor) -> bool:
+    """Whether the plain path is asked for, or has to be taken."""
+    return STATE.plain or traced(x)
+
+
+def traced(x: Tensor) -> bool:
     """Whether a compiler, a transform or a subclass of tensors has to see each operation."""
     return (
-        STATE.plain
-        or type(x) not in PLAIN
+        type(x) not in PLAIN
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None

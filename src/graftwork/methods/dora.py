@@ -25,15 +25,11 @@ class DoRA(LoRA):
 
     def start(self, site: Site) -> None:
         super().start(site)
-        self.m.copy_(self.norm(site.weight.to(self.m.dtype)).reshape(self.m.shape))
-
-    def norm(self, w: Tensor) -> Tensor:
-        """||W + s B A|| by rows, (..., out), without a gradient: section 4.3."""
-        return row_norms(w, *self.factors())
+        self.m.copy_(row_norms(site.weight, *self.factors()).reshape(self.m.shape))
 
     def gain(self, w: Tensor) -> Tensor:
-        """m / ||W + s B A||, (..., out)."""
-        norm = self.norm(w)
+        """m / ||W + s B A|| by rows, (..., out); section 4.3: no gradient through the norm."""
+        norm = row_norms(w, *self.factors())
         return self.m.reshape(norm.shape) / norm
 
     def multiplier(self) -> Tensor:

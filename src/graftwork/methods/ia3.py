@@ -77,8 +77,7 @@ class IA3(Adapter, config=IA3Config):
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         gains = self.l.flatten()
         if not self.feedforward:
-            y = layer(x)
-            return scaled(y, layer.site.outputs(gains))
+            return scaled(layer(x), layer.site.outputs(gains))
         if not x.is_floating_point():  # ids of an embedding
             return super().forward(x, layer)
         return layer(scaled(x, layer.site.inputs(gains)))

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.adapter import Additive
+from ..fast import choose
+from ..fast.bits import Mask, Reading, reading
+
 
 class Stream:
     """The generators of one run, and the shape of its rows in the present pass.
@@ -31,12 +35,14 @@ class Stream:
         first.set_state(state)
         self.generators = {torch.device("cpu"): first}
         self.rows = self.passes = 0
+        self.last: Reading | None = None
         self.own: Callable[[int], slice] = partial(slice, 0)
 
     def begin(self, rows: int, own: Callable[[int], slice]) -> None:
         """A new pass; ``own``: which places of a sequence of this length are the run's own."""
         self.rows, self.own = rows, own
         self.passes += 1
+        self.last = None
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The one for a device."""
@@ -51,10 +57,12 @@ class Drawn(nn.Module):
     Args:
         p: the share that is dropped.
         stream: the run's.
+        pooled: it is dropout as the engine has it: of a layer's input, by windows of bits.
     """
 
-    def __init__(self, p: float, stream: Stream) -> None:
+    def __init__(self, p: float, stream: Stream, pooled: bool) -> None:
         super().__init__()
+        self.pooled = pooled
         self.p, self.stream = p, (stream,)  # in a tuple: no state of the model's
         self.states: list[Tensor] = []  # before each draw of a pass, for a recomputation
         self.of = -1
@@ -67,11 +75,27 @@ class Drawn(nn.Module):
         n = x.shape[1] if x.ndim > 2 and len(x) == stream.rows else 0
         own = stream.own(n)
         part = x[:, own] if n else x
-        kept = torch.empty_like(part.detach(), memory_format=torch.contiguous_format)
-        kept.bernoulli_(1 - self.p, generator=self.turn(x.device)).div_(1 - self.p)
+        kept = self.window(part) if self.pooled else self.each(part)
         if part.shape != x.shape:
             kept = F.pad(kept, (0, 0) * (x.ndim - 2) + (own.start, n - own.stop))
         return x * kept
+
+    def each(self, x: Tensor) -> Tensor:
+        """What the numbers of x are multiplied by, each drawn by itself."""
+        kept = torch.empty_like(x.detach(), memory_format=torch.contiguous_format)
+        return kept.bernoulli_(1 - self.p, generator=self.turn(x.device)).div_(1 - self.p)
+
+    def window(self, x: Tensor) -> Tensor:
+        """The same by the window that layers have in common which read one input in succession."""
+        stream, given = self.stream[0], choose.STATE.given
+        whole = given() if given is not None else None
+        ones = torch.ones(x.shape, dtype=x.dtype, device=x.device).flatten(0, -2)
+
+        def draw() -> Mask:
+            return Mask.draw(self.p, ones, self.turn(torch.device("cpu")))
+
+        stream.last = reading(stream.last, x if whole is None else whole, id(self), self.p, draw)
+        return (stream.last.mask.times(ones) * (1 / (1 - self.p))).view(x.shape)
 
     def turn(self, device: torch.device) -> torch.Generator:
         """The generator to draw from: in a recomputation, as it was in the forward."""
@@ -96,7 +120,9 @@ def drawing(parts: Iterable[nn.Module], stream: Stream) -> Iterator[None]:
             for name, child in module._modules.items():
                 if type(child) is nn.Dropout and child.p > 0:
                     changed.append((module, name, child))
-                    module._modules[name] = Drawn(child.p, stream).train(child.training)
+                    pooled = isinstance(module, Additive) and name == "dropout"
+                    drawn = Drawn(child.p, stream, pooled).train(child.training)
+                    module._modules[name] = drawn
     try:
         yield
     finally:
