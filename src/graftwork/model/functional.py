@@ -259,11 +259,8 @@ def set_adapter(
     model: nn.Module, adapter_name: Any, inference_mode: bool = False, layer_cls: Any = None
 ) -> None:
     """Make adapters of a model with injected adapters active."""
-    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    switch = switch_of(model)
-    switch.activate(switch.check(names))
-    for host in hosts(user_model(model)).values():
-        host.set_adapter(names, inference_mode)
+    switch_of(model)
+    Grafted.around(user_model(model)).set_adapter(adapter_name, inference_mode)
 
 
 @contextmanager
