@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -100,10 +99,8 @@ def measure(shape: Shape, library: Any) -> float:
     plain = LlamaForCausalLM(model.config).eval().to(model.device, model.dtype)
     ids = torch.randint(0, 4096, (len(shape.ranks), shape.tokens), device=model.device)
     names = [f"a{i}" for i in range(len(shape.ranks))]
-    found = ratio(model, ids, names, partial(plain, input_ids=ids))
-    del model, plain
-    gc.collect()
-    return found
+    gc.collect()  # of the model before
+    return ratio(model, ids, names, lambda: plain(input_ids=ids))
 
 
 def rows() -> list[dict[str, Any]]:
