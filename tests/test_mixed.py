@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graftwork import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from graftwork import (
+    IA3Config,
+    LoraConfig,
+    VeraConfig,
+    get_peft_model,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
 from graftwork.fast.grouped import Rows, cut
+from graftwork.interop.helpers import rescale_adapter_scale
 from graftwork.testing import laws
 from graftwork.testing.bench import close, shake
 from specs import MAIN, METHODS, bench
@@ -53,18 +62,18 @@ class Counted(nn.Linear):
         return super().forward(x)
 
 
-def net() -> nn.Sequential:
+def net(kind: type[nn.Linear] = Counted) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Counted(IN, MID), nn.Tanh(), Counted(MID, OUT)).eval()
+    return nn.Sequential(kind(IN, MID), nn.Tanh(), kind(MID, OUT)).eval()
 
 
 def lora(r: int = 4, **options: Any) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=8, target_modules=["0", "2"], **options)
 
 
-def adapted(**configs: Any) -> Any:
+def adapted(kind: type[nn.Linear] = Counted, **configs: Any) -> Any:
     first, *rest = configs
-    model = get_peft_model(net(), configs[first], first)
+    model = get_peft_model(net(kind), configs[first], first)
     for name in rest:
         model.add_adapter(name, configs[name])
     model.set_requires_grad(list(configs))
@@ -86,8 +95,8 @@ def alone(model: Any, x: Tensor, rows: list[str] = ROWS) -> Tensor:
     return torch.cat(outputs)
 
 
-def three(**options: Any) -> Any:
-    return adapted(a=lora(4, **options), b=lora(7, **options), c=lora(2, **options))
+def three(kind: type[nn.Linear] = Counted) -> Any:
+    return adapted(kind, a=lora(4), b=lora(7), c=lora(2))
 
 
 def base_calls(model: Any) -> list[int]:
@@ -412,8 +421,65 @@ def test_hooks_on_an_adapter_still_run() -> None:
 
 
 def test_a_compiled_mixed_batch_is_one_graph() -> None:
-    model, x = three(), inputs()
+    model, x = three(nn.Linear), inputs()
     torch._dynamo.reset()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         close(compiled(x, adapter_names=ROWS), alone(model, x))
+
+
+def test_loads_switches_and_rescalings_compile_nothing_again() -> None:
+    model, x = three(nn.Linear), inputs()
+    counter: Any = CompileCounter()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+
+    def same() -> None:
+        with torch.no_grad():
+            close(compiled(x), model(x))
+
+    for name in "abc":  # once for each choice of adapters that the compiled model has not met
+        model.set_adapter(name, inference_mode=True)
+        same()
+    once = counter.frame_count
+    for i in range(20):
+        model.add_adapter(f"n{i}", lora(3))
+        model.set_adapter("abc"[i % 3], inference_mode=True)
+        same()
+        with rescale_adapter_scale(model, 0.5 + i):
+            same()
+    model.delete_adapter([f"n{i}" for i in range(20)])
+    same()
+    assert once == 3 and counter.frame_count == once
+
+
+def test_a_compiled_mixed_batch_is_not_compiled_again_for_the_same_names() -> None:
+    model, x = three(nn.Linear), inputs()
+    counter: Any = CompileCounter()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+    with torch.no_grad():
+        for i in range(5):
+            close(compiled(x, adapter_names=ROWS), alone(model, x))
+            model.add_adapter(f"n{i}", lora(3))
+            write(model)
+            rescale(model)
+    assert counter.frame_count == 1
+
+
+def test_loading_into_a_compiled_model_by_hot_swapping_compiles_nothing(tmp_path: Any) -> None:
+    model, x = adapted(nn.Linear, a=lora(4)), inputs()
+    folders = [str(tmp_path / str(i)) for i in range(5)]
+    for folder in folders:
+        shake(model)
+        model.save_pretrained(folder)
+    prepare_model_for_compiled_hotswap(model)
+    counter: Any = CompileCounter()
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+    with torch.no_grad():
+        compiled(x)
+        for folder in folders:
+            hotswap_adapter(model, f"{folder}/a", "a")
+            close(compiled(x), model(x))
+    assert counter.frame_count == 1

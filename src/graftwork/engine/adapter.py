@@ -113,6 +113,19 @@ class Adapter(Part):
     times: float = 1.0  # how many times PEFT applies the update that a file holds
     prefix: str = ""  # what stands between the layer's path and the key in a PEFT file
 
+    @property
+    def scaler(self) -> Any:
+        """``scale``; in compiled code as a tensor, since a number would be part of the program."""
+        held = self.__dict__.get("held_scale")
+        return self.scale if held is None or not torch.compiler.is_compiling() else held
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale":
+            number = isinstance(value, (float, int))
+            held = torch.tensor(value, dtype=torch.float64, device="cpu") if number else None
+            self.__dict__["held_scale"] = held
+        super().__setattr__(name, value)
+
     def __init_subclass__(cls, config: type[Any] | None = None, **kwargs: Any) -> None:
         """An adapter's class; ``config``: the class of configs that ask for it."""
         super().__init_subclass__(**kwargs)

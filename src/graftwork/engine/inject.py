@@ -73,7 +73,7 @@ def inject(
         switch.trainable = trainable
         model.requires_grad_(False)
     _place(model, name, built, meta)
-    switch.configs[name] = config
+    switch.take(name, config)
     if built.shared is not None:
         switch.shared[name] = built.shared
     switch.activate(switch.active or (name,))

@@ -88,10 +88,8 @@ class Grafted(nn.Module):
         """
         switch = self.switch
         now = switch.current()
-        context: dict[str, Any] = {}
-        for config in switch.configs.values():
-            context |= {key: kwargs.pop(key) for key in config.CONTEXT if key in kwargs}
-        for name in self.preparing(names or now.active) if once else ():
+        context = {key: kwargs.pop(key) for key in switch.reads if key in kwargs}
+        for name in self.preparing(names or now.active) if once and switch.busy else ():
             context |= switch.configs[name].before(self, name, args, kwargs)
         if names is None and not context and once:
             return nullcontext()
@@ -129,7 +127,7 @@ class Grafted(nn.Module):
                 schedule.check()
         outputs = self.model(*args, **kwargs)
         call = switch.current()
-        known = [name for name in call.active if name in switch.configs]
+        known = [n for n in call.active if n in switch.configs] if switch.busy else []
         for name in known if call.rows is None else ():
             outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
         if learning:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import PeftConfig
 from ..errors import StateError, did_you_mean
 from ..fast.grouped import FEW, Batches, Rows
 from ..fast.rows import expand, tensors_in
 
 if TYPE_CHECKING:
-    from ..config import PeftConfig
     from .schedule import Schedule
 
 BASE = "__base__"  # a row of a mixed batch that no adapter touches
@@ -61,6 +61,8 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())
+        self.reads: tuple[str, ...] = ()  # arguments of a call that some adapter has ever read
+        self.busy = False  # whether an adapter ever did something around a forward
         self.batches = Batches()  # mixed batches of late
 
     def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
@@ -68,6 +70,15 @@ class Switch:
         self.active = self.active if names is None else names
         self.enabled = self.enabled if enabled is None else enabled
         self.standing = Call(self, self.active if self.enabled else ())
+
+    def take(self, name: str, config: PeftConfig) -> None:
+        """Take an adapter's config in. What is learned of all of them stays: a compiled forward
+        asks for that, and not for each of them, so that one more does not compile it again.
+        """
+        self.configs[name] = config
+        self.reads = tuple(sorted({*self.reads, *config.CONTEXT}))
+        own = type(config).after is not PeftConfig.after
+        self.busy = self.busy or config.prepares() or own
 
     def check(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """``names`` where all are adapters of this model."""
@@ -81,6 +92,8 @@ class Switch:
 
     def batch(self, rows: tuple[str, ...], x: torch.Tensor, path: str) -> Rows:
         """The inputs of a layer in a mixed batch by adapter, sorted once for all layers."""
+        if torch.compiler.is_compiling():  # which asks whether what it has read is as it was
+            return Rows(expand(rows, len(x), path))
         key = rows, len(x), x[0].numel() > FEW * x.shape[-1]
         if len(x) == len(rows) and (found := self.batches.get(key)):
             return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+TWIN = "held_scale"  # the same as the number beside it
 HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
 
 
@@ -60,11 +61,15 @@ class Watch:
     def module(self, module: nn.Module) -> None:
         """Watch a module's tensors, its switches and factors, its children and its hooks."""
         for own in module.modules():
+            if type(own) is nn.Identity:
+                continue  # a dropout of 0, which has nothing to watch
             for holder in (own._parameters, own._buffers, own._modules):
                 for key in holder:
                     self.value(holder, key)
+            if type(own) is nn.ModuleDict:
+                continue  # holds parts, and is never called
             for key, value in own.__dict__.items():
-                if isinstance(value, (bool, float, Tensor)):
+                if isinstance(value, (bool, float, Tensor)) and key != TWIN:
                     self.value(own.__dict__, key)
             self.hooks += [own._forward_hooks, own._forward_pre_hooks]
 

@@ -99,7 +99,7 @@ class AdaLoRA(LowRank, config=AdaLoraConfig):
             p.normal_(std=std)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.E * self.A, self.scale * self.B
+        return self.E * self.A, self.scaler * self.B
 
     def rank(self) -> int:
         every = max(1, self.kept.numel())

@@ -53,7 +53,7 @@ class BDLoRA(LoRA):
         a, b = self.A.flatten(1), self.B.flatten(1)
         a = diagonal(a, self.n) if "A" in self.blocks else a
         b = diagonal(b, self.n) if "B" in self.blocks else b
-        return a, self.scale * b
+        return a, self.scaler * b
 
 
 def diagonal(blocks: Tensor, n: int) -> Tensor:

@@ -56,7 +56,7 @@ class KaSA(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = as_factors(self.A, self.B, ())
         a = torch.cat([self.d[:, None] * a, self.lost_a])
-        return a, torch.cat([self.scale * b, -self.lost_b], dim=1)
+        return a, torch.cat([self.scaler * b, -self.lost_b], dim=1)
 
     @staticmethod
     def penalty(adapters: Sequence[KaSA], config: LoraConfig) -> Tensor:

@@ -75,10 +75,10 @@ class LoRA(LowRank):
         if self.A0 is not None and self.B0 is not None:
             a0, b0 = as_factors(self.A0, self.B0, self.lead)
             a, b = torch.cat([a, a0], dim=-2), torch.cat([b, -b0], dim=-1)
-        return a, b, self.scale
+        return a, b, self.scaler
 
     def shift(self) -> Tensor | None:
-        return None if self.bias is None else self.scale * self.bias
+        return None if self.bias is None else self.scaler * self.bias
 
     def pad(self, rank: int) -> None:
         """Make room for another adapter of a higher rank: directions that are zero, in no file."""

@@ -32,7 +32,7 @@ class QALoRA(LoRA):
     def factors(self) -> tuple[Tensor, Tensor]:
         pooled = self.A.shape[1]
         a = self.A.repeat_interleave(self.group, dim=1) * (pooled / self.group)
-        return a, self.scale * self.B.flatten(1)
+        return a, self.scaler * self.B.flatten(1)
 
 
 def divisor(n: int, near: int) -> int:

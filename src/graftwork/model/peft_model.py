@@ -90,7 +90,10 @@ class PeftModel(Reports, Updating):
 
     @peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        self.base_model.switch.configs = value
+        switch = self.base_model.switch
+        switch.configs = value
+        for name, config in list(value.items()):
+            switch.take(name, config)
 
     @property
     def peft_type(self) -> str | PeftType | None:

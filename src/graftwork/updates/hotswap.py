@@ -64,6 +64,7 @@ def prepare(model: nn.Module, target_rank: int | None, check_compiled: str = "er
             first = next(itertools.chain(part.parameters(), part.buffers()), None)
             scale = torch.tensor(part.scale, device=None if first is None else first.device)
             del part.scale
+            part.held_scale = None
             part.register_buffer("scale", scale, persistent=False)
 
 
