@@ -41,11 +41,11 @@ class Leaves:
         return _stack([a if len(a) == r else a[i : i + r] for a, i in own], self.dtype)
 
     def up(self, group: Group) -> Tensor:
-        """s B of each piece, (pieces, out, rank)."""
+        """s B' of each piece, (pieces, rank, out): products with long rows are the fast ones."""
         own = [(self.b[t], i) for t, i in group.pieces]
         r = group.rank
         made = _stack([b if b.shape[1] == r else b[:, i : i + r] for b, i in own], self.dtype)
-        return self.times(made, group)
+        return self.times(made.mT.contiguous(), group)
 
     def times(self, values: Tensor, group: Group) -> Tensor:
         """Values of each piece, (pieces, ...), times its scale."""
@@ -83,12 +83,12 @@ class Products(torch.autograd.Function):
         for group in groups:
             down, up = leaves.down(group), leaves.up(group)
             taken = _rows(x, group)
-            h = torch.bmm(taken, down.mT)
+            h = torch.bmm(down, taken.mT)  # (pieces, rank, tokens)
             if group.whole:
                 flat = y.reshape(len(h), -1, y.shape[2])
-                y = torch.baddbmm(flat, h, up.mT).view(y.shape)
+                y = torch.baddbmm(flat, h.mT, up).view(y.shape)
             else:
-                update = torch.bmm(h, up.mT).view(-1, *y.shape[1:])
+                update = torch.bmm(h.mT, up).view(-1, *y.shape[1:])
                 y = y.index_add(0, group.index(x.device), update)
             kept += [down, up, h]
         ctx.groups, ctx.leaves, ctx.kept = groups, leaves, len(kept)
@@ -109,9 +109,9 @@ class Products(torch.autograd.Function):
         for k, group in enumerate(ctx.groups):
             down, up, h = kept[3 * k : 3 * k + 3]
             own = _rows(g, group)
-            gh = torch.bmm(own, up)  # (pieces, tokens, rank)
+            gh = torch.bmm(own, up.mT)  # (pieces, tokens, rank)
             ga = torch.bmm(gh.mT, _rows(x, group))
-            gb = torch.bmm(own.mT, leaves.times(h, group))
+            gb = torch.bmm(leaves.times(h, group), own).mT.contiguous()
             pieces = zip(group.pieces, ga.unbind(), gb.unbind(), strict=True)
             for (t, begin), of_a, of_b in pieces:
                 found[t][begin], found[n + t][begin] = of_a, of_b
@@ -127,7 +127,7 @@ def _again(x: Tensor, groups: Sequence[Group], leaves: Leaves) -> list[Tensor]:
     kept = []
     for group in groups:
         down = leaves.down(group)
-        kept += [down, leaves.up(group), torch.bmm(_rows(x, group), down.mT)]
+        kept += [down, leaves.up(group), torch.bmm(down, _rows(x, group).mT)]
     return kept
 
 
