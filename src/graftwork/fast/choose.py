@@ -192,7 +192,7 @@ def _run(
                     y = _follow(pending, update, s, own)
                     STATE.pending = pending if pending.rest else None
                     return y
-    update = combined(parts)
+    update = combined(host, parts)
     if torch.is_grad_enabled() and (given.requires_grad or update.learns()):
         return _lead(host, update, given, x, own)
     if own.w is not None and not update.rate:
@@ -204,14 +204,15 @@ def _run(
     return _onto(x, s, update, own)
 
 
-def combined(parts: Sequence[Adapter]) -> Update:
+def combined(host: LayerHost, parts: Sequence[Adapter]) -> Update:
     """The updates of all adapters of a layer as one."""
     rate = parts[0].rate() or 0.0
     up = 1 / (1 - rate) if rate < 1 else 0.0
     if len(parts) == 1:
         part = parts[0]
         a, b, k, shift = part.terms()
-        return Update((a,), b, k * up, shift, part.multiplier() if part.scales else None, rate)
+        gain = part.multiplier(host.site.weight) if part.scales else None
+        return Update((a,), b, k * up, shift, gain, rate)
     terms = [part.terms() for part in parts]
     b = torch.cat([one[2] * one[1] for one in terms], 1)
     shifts = [one[3] for one in terms if one[3] is not None]
@@ -295,7 +296,7 @@ def _followers(
         if any(p.skip and p.training for p in parts) or parts[0].rate() != update.rate:
             continue
         if other.site.shape[1] == given.shape[-1]:
-            yield other, combined(parts)
+            yield other, combined(other, parts)
 
 
 def _mask(host: LayerHost, given: Tensor, x: Tensor, rate: float) -> Mask | None:

@@ -27,22 +27,19 @@ class DoRA(LoRA):
         super().start(site)
         self.m.copy_(row_norms(site.weight, *self.factors()).reshape(self.m.shape))
 
-    def gain(self, w: Tensor) -> Tensor:
+    def multiplier(self, w: Tensor) -> Tensor:
         """m / ||W + s B A|| by rows, (..., out); section 4.3: no gradient through the norm."""
         norm = row_norms(w, *self.factors())
         return self.m.reshape(norm.shape) / norm
 
-    def multiplier(self) -> Tensor:
-        return self.gain(self.site.weight)
-
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.gain(w)[..., None] * (w + self.delta()), b
+        return self.multiplier(w)[..., None] * (w + self.delta()), b
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
         w, b = layer.weights()
         bias = 0 if b is None else layer.site.outputs(b)
         update = layer(x) - bias + self.branch(self.dropped(x), layer.site)
-        return layer.site.outputs(self.gain(w)) * update + bias
+        return layer.site.outputs(self.multiplier(w)) * update + bias
 
     factored = Adapter.factored  # the update depends on the weight
     forward_transposed = Adapter.forward_transposed

@@ -74,7 +74,6 @@ class Bat(Adapter):
     """D (out / r, r, r), one for each row of tiles."""
 
     keys = {"D": "miss_block"}
-    products_in = (False, True)
 
     def __init__(self, config: MissConfig, site: Site, shared: None = None) -> None:
         super().__init__(config, site)
