@@ -68,8 +68,8 @@ def peak(step: Callable[[], Any]) -> tuple[int, int]:
 
 
 def row(name: str, ours: float, unit: str, bound: float | None = None) -> dict[str, Any]:
-    """A line of the table; PEFT does none of this, so its ratio is 1 throughout."""
-    return {"name": name, "peft": 1.0, "ours": ours, "unit": unit, "bound": bound}
+    """A line of the table; PEFT has none of this, and no figure."""
+    return {"name": name, "peft": None, "ours": ours, "unit": unit, "bound": bound}
 
 
 def loss_rows(words: int = 32000, width: int = 128, batch: int = 4) -> list[dict[str, Any]]:
