@@ -10,8 +10,8 @@ the logits outside of the models, alike for all. It needs torch, transformers an
 peft is not installed, its column is left out and the table says so. With ``--device cuda`` the
 clock waits for the device.
 
-The bytes that a step saves for its backward are counted in the forward: storages that autograd
-packs, and those of tensors that appeared in the forward and still live behind it (what a function
+The bytes that a step saves for its backward are counted after the forward: storages that the graph
+holds, and those of tensors that appeared in the forward and still live behind it (what a function
 keeps beside autograd), each once, without parameters, buffers and the loss.
 """
 
@@ -227,7 +227,7 @@ def runners(chosen: Iterable[str], at: Shape) -> dict[str, Runner]:
             found[name] = Runner(model, ids, embeds, leaves=[embeds])
         else:
             leaves: list[Tensor] = list(unfrozen(model))
-            adamw = torch.optim.AdamW(leaves, lr=RATE) if optimizer else None
+            adamw = torch.optim.AdamW(leaves, lr=RATE, fused=True) if optimizer else None
             found[name] = Runner(model, ids, optimizer=adamw, leaves=leaves)
         found[name].check()
     return found
@@ -309,19 +309,31 @@ def saved_bytes(runner: Runner) -> int:
     runner.loss()  # what is made once, a table of positions or a pool of bits, is no step's
     there = living()  # kept alive, so that nothing new comes to lie where they do
     before = storages(there)
-    packed: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        packed.append(tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = runner.loss()
+    loss = runner.loss()
     own = storages([loss, *runner.model.parameters(), *runner.model.buffers(), *runner.leaves])
-    kept = storages(packed) | {a: n for a, n in storages(living()).items() if a not in before}
-    del packed[:]
+    new = {a: n for a, n in storages(living()).items() if a not in before}
+    kept = storages(held(loss)) | new
     del loss, there
     return sum(n for a, n in kept.items() if a not in own)
+
+
+def held(loss: Tensor) -> list[Tensor]:
+    """What the nodes of a graph hold, of torch's own and of those written in Python. No hook is set
+    for it: code that keeps less may stand back where a hook watches what is saved.
+    """
+    found: list[Tensor] = []
+    todo: list[Any] = [loss.grad_fn]
+    seen = set(todo)
+    for node in todo:
+        more = [below for below, _ in node.next_functions if below is not None]
+        todo += [below for below in dict.fromkeys(more) if below not in seen]
+        seen.update(more)
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        values = [getattr(node, name) for name in names]
+        for value in (*values, getattr(node, "saved_tensors", ())):
+            many = value if isinstance(value, (list, tuple)) else [value]
+            found += [t for t in many if isinstance(t, Tensor)]
+    return found
 
 
 @dataclass

@@ -239,7 +239,7 @@ class Adapter(Part):
         raise NotImplementedError
 
     def multiplier(self, w: Tensor) -> Tensor:
-        """Where it ``scales`` a sum: by what (out,), given the weight w, before the bias is added."""
+        """Where it ``scales`` the sum: by what (out,), given w, before the bias is added."""
         raise NotImplementedError
 
     def rate(self) -> float | None:
