@@ -302,9 +302,9 @@ class Additive(Adapter):
         return layer(x) + self.branch(self.dropped(x), layer.site)
 
     def rate(self) -> float | None:
-        if type(self.dropout) is nn.Dropout:
-            return self.dropout.p if self.training else 0.0
-        return 0.0 if type(self.dropout) is nn.Identity else None
+        if type(drop := self.dropout) is nn.Identity:
+            return 0.0
+        return (drop.p if self.training else 0.0) if type(drop) is nn.Dropout else None
 
     def delta_norm(self, w: Tensor) -> float:
         return float(self.delta().norm())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .bits import Dropped, Mask, Reading, reading
-from .linear import Follower, Leader, Shrink, flat, product
+from .linear import flat, follow, lead, product, shrink
 from .plain import PLAIN, traced, watched
 from .scale import Scaled
 
@@ -99,8 +100,8 @@ def reason(host: LayerHost, parts: Sequence[Adapter]) -> str:
     return "a dense update is cheaper at this rank" if rank * (out + in_) >= out * in_ else ""
 
 
-def own_product(host: LayerHost) -> str:
-    """Why the layer has to compute its own product by itself; empty where it need not."""
+def own_weight(host: LayerHost) -> Tensor | str:
+    """The weight of a layer whose product can be computed here, as it is stored; else why not."""
     layer: Any = host._modules["base_layer"]
     weight = host.originals.get("weight", layer._parameters.get("weight"))
     if not host.site.usual(layer):
@@ -111,7 +112,7 @@ def own_product(host: LayerHost) -> str:
     if weight.requires_grad:
         return "its weight is trained"
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return "it has hooks" if hooks or layer._backward_pre_hooks else ""
+    return "it has hooks" if hooks or layer._backward_pre_hooks else weight
 
 
 def path(host: Any, part: Adapter) -> str:
@@ -122,10 +123,10 @@ def path(host: Any, part: Adapter) -> str:
         return "fast"
     if why := reason(host, [part]):
         return f"plain: {why}"
-    why = own_product(host)
-    if why and part.scales:
-        return f"plain: {why}"
-    return f"fast, after the layer's own product: {why}" if why else "fast"
+    weight = own_weight(host)
+    if not isinstance(weight, str):
+        return "fast"
+    return f"plain: {weight}" if part.scales else f"fast, after the layer's own product: {weight}"
 
 
 def run(
@@ -139,18 +140,31 @@ def run(
         x: the input, (..., in).
         base: the layer's own forward.
     """
-    if watched(x) or not x.is_floating_point() or reason(host, parts):
+    if watched(x) or not x.is_floating_point():
         return None
-    if any(part.skip and part.training for part in parts):
+    kind, free = x.device.type, torch.is_autocast_enabled(x.device.type)
+    pending = STATE.pending
+    if pending is not None and pending.x is x and torch.is_grad_enabled():
+        for i, (one, update, s) in enumerate(pending.rest):
+            if one is host and pending.version == x._version:
+                if pending.call is not host.switch.current():
+                    break
+                _mask(host, x, x, update.rate)
+                del pending.rest[i]
+                with torch.autocast(kind, enabled=False) if free else nullcontext():
+                    y = _follow(pending, update, s, _own(host, base))
+                STATE.pending = pending if pending.rest else None
+                return y
+    if reason(host, parts) or any(part.skip and part.training for part in parts):
         return None
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return _run(host, parts, x, x, base)
-    if own_product(host):
-        return None  # which casts by itself
-    dtype = torch.get_autocast_dtype(kind)
+    own = _own(host, base)
+    if own.w is None and (free or parts[0].scales):
+        return None  # the layer casts by itself; its bias is within what it gives
+    if not free:
+        same = own.w is None or own.w.dtype is x.dtype  # else torch will say so
+        return _run(host, parts, x, x, own) if same else None
     with torch.autocast(kind, enabled=False):
-        return _run(host, parts, x, x.to(dtype), base)
+        return _run(host, parts, x, x.to(torch.get_autocast_dtype(kind)), own)
 
 
 @dataclass
@@ -168,30 +182,16 @@ class Own:
     call: Callable[[Tensor], Tensor]
 
 
-def _run(
-    host: LayerHost,
-    parts: Sequence[Adapter],
-    given: Tensor,
-    x: Tensor,
-    base: Callable[[Tensor], Tensor],
-) -> Tensor | None:
-    own = Own(None, None, base)
-    if not own_product(host):
-        own = Own(host.site.weight, host.site.bias, base)
-        if own.w is not None and own.w.dtype != x.dtype and given is x:
-            return None  # torch will say so
-    elif parts[0].scales:
-        return None
-    if torch.is_grad_enabled():
-        pending, call = STATE.pending, host.switch.current()
-        if pending is not None and pending.x is given and pending.call is call:
-            for i, (one, update, s) in enumerate(pending.rest):
-                if one is host and pending.version == given._version:
-                    _mask(host, given, x, update.rate)
-                    del pending.rest[i]
-                    y = _follow(pending, update, s, own)
-                    STATE.pending = pending if pending.rest else None
-                    return y
+def _own(host: LayerHost, base: Callable[[Tensor], Tensor]) -> Own:
+    weight = own_weight(host)
+    if isinstance(weight, str):
+        return Own(None, None, base)
+    layer: Any = host._modules["base_layer"]
+    bias = host.originals.get("bias", layer._parameters.get("bias"))
+    return Own(host.site.to_matrix(weight), bias, base)
+
+
+def _run(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, own: Own) -> Tensor:
     update = combined(host, parts)
     if torch.is_grad_enabled() and (given.requires_grad or update.learns()):
         return _lead(host, update, given, x, own)
@@ -200,7 +200,7 @@ def _run(
         y = product(x, own.w, bias, update.a, update.b, update.k)
         return finished(y, update, own)
     mask = _mask(host, given, x, update.rate)
-    s = Shrink.apply(mask, x, torch.cat(update.a))  # type: ignore[no-untyped-call]
+    s = shrink(mask, x, torch.cat(update.a))
     return _onto(x, s, update, own)
 
 
@@ -236,14 +236,12 @@ def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -
     a = [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in every]
     share, alias = given.requires_grad and own.w is not None, x
     if own.w is None:
-        found = Shrink.apply(mask, x, *a)  # type: ignore[no-untyped-call]
+        found = shrink(mask, x, *a)
         s, *more = found if others else (found,)
         y = _onto(x, s, update, own)
     else:
         bias = None if update.scales else own.bias
-        found = Leader.apply(  # type: ignore[no-untyped-call]
-            mask, share, update.k, x, own.w, bias, update.b, *a
-        )
+        found = lead(mask, share, update.k, x, own.w, bias, update.b, *a)
         y, again, *more = found if others else (found, None)
         alias = x if again is None else again
         y = finished(y, update, own)
@@ -257,9 +255,7 @@ def _onto(x: Tensor, s: Tensor, update: Update, own: Own) -> Tensor:
     """The layer's own output, however it computes it, plus s B'."""
     if own.w is not None:
         bias = None if update.scales else own.bias
-        y = Follower.apply(  # type: ignore[no-untyped-call]
-            False, update.k, x, s, own.w, bias, update.b
-        )
+        y: Tensor = follow(False, update.k, x, s, own.w, bias, update.b)
     else:
         y = own.call(x).to(x.dtype)
         y = torch.addmm(flat(y), s, update.b.to(x.dtype).t(), alpha=update.k).view(y.shape)
@@ -270,9 +266,7 @@ def _follow(pending: Pending, update: Update, s: Tensor, own: Own) -> Tensor:
     if not (pending.share and own.w is not None and pending.rest):
         return _onto(pending.alias, s, update, own)
     bias = None if update.scales else own.bias
-    y, pending.alias = Follower.apply(  # type: ignore[no-untyped-call]
-        True, update.k, pending.alias, s, own.w, bias, update.b
-    )
+    y, pending.alias = follow(True, update.k, pending.alias, s, own.w, bias, update.b)
     return finished(y, update, own)
 
 

@@ -47,34 +47,37 @@ def dropped(kept: Sequence[Tensor], mask: Mask | None) -> Tensor:
     return x2 if mask is None else mask.times(x2)
 
 
-def start(s: Tensor, bt: Tensor, bias: Tensor | None) -> Tensor:
-    """s (rows, r) times B' (r, out), plus a bias (out,)."""
-    return torch.mm(s, bt) if bias is None else torch.addmm(bias.to(s.dtype), s, bt)
+def start(s: Tensor, b: Tensor, k: float, bias: Tensor | None) -> Tensor:
+    """k s B' for s (rows, r) and B (out, r), plus a bias (out,)."""
+    s = s if k == 1 else s * k
+    return torch.mm(s, b.t()) if bias is None else torch.addmm(bias.to(s.dtype), s, b.t())
 
 
-def expanded(b: Tensor, k: float, dtype: torch.dtype) -> Tensor:
-    """k B' (r, out) of B (out, r), contiguous, in the dtype of the activations."""
-    return torch.mul(b.t(), k, out=b.new_empty(b.shape[::-1], dtype=dtype))
+def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; nothing is called where it has that already."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors (r, in) of several layers in one, in the dtype of the activations."""
     if len(a) == 1:
-        return a[0].to(dtype)
+        return like(a[0], dtype)
+    if all(one.dtype is dtype for one in a):
+        return torch.cat(tuple(a))
     rows = sum(len(one) for one in a)
     return torch.cat(tuple(a), out=a[0].new_empty(rows, a[0].shape[1], dtype=dtype))
 
 
-def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, like: Sequence[Tensor]) -> Any:
+def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, a: Sequence[Tensor]) -> Any:
     """The gradients of the factors A (r, in), from those of x A'."""
-    every = (ds.t() @ dropped(kept, mask)).to(like[0].dtype)
-    return every.split_with_sizes([len(a) for a in like]) if len(like) > 1 else (every,)
+    every = like(torch.mm(ds.t(), dropped(kept, mask)), a[0].dtype)
+    return every.split_with_sizes([len(one) for one in a]) if len(a) > 1 else (every,)
 
 
 def upper(s: Tensor, g: Tensor, k: float, b: Tensor) -> Tensor:
     """The gradient k g' s of B (out, r), in the layout that reads g (rows, out) as it lies."""
-    db = s.t() @ g
-    return torch.mul(db.t(), k, out=torch.empty_like(b))
+    db = torch.mm(s.t(), g).t()
+    return like(db if k == 1 else db * k, b.dtype)
 
 
 def into(dx: Tensor | None, ds: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
@@ -118,12 +121,12 @@ class Leader(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mask, ctx.k, ctx.ranks = mask, k, [len(one) for one in a]
         dtype = x.dtype
-        x2, w2, all_a, bt = flat(x), w.to(dtype), join(a, dtype), expanded(b, k, dtype)
-        s = (x2 if mask is None else mask.times(x2)) @ all_a.t()
+        x2, w2, all_a, b2 = flat(x), like(w, dtype), join(a, dtype), like(b, dtype)
+        s = torch.mm(x2 if mask is None else mask.times(x2), all_a.t())
         own, *others = s.split_with_sizes(ctx.ranks, 1) if len(a) > 1 else (s,)
-        y = start(own, bt, bias).addmm_(x2, w2.t()).view(*x.shape[:-1], -1)
+        y = start(own, b2, k, bias).addmm_(x2, w2.t()).view(*x.shape[:-1], -1)
         kept = sources(x) if any(ctx.needs_input_grad[6:]) else ()
-        ctx.save_for_backward(own, w, b, all_a, bt, *a, *kept)
+        ctx.save_for_backward(own, w, b, all_a, b2, *a, *kept)
         if len(a) == 1:
             return y
         return y, x.view_as(x) if share else None, *others
@@ -134,14 +137,14 @@ class Leader(torch.autograd.Function):
             return (None,) * (7 + len(ctx.ranks))
         if torch.is_grad_enabled():
             return _again(ctx, gy, gx, gs)
-        s, w, b, all_a, bt, *rest = ctx.saved_tensors
+        s, w, b, all_a, b2, *rest = ctx.saved_tensors
         a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
         need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
-        like = next(g for g in (gy, gx, *gs) if g is not None)
+        some = next(g for g in (gy, gx, *gs) if g is not None)
         db = dbias = own = g2 = dx = None
         if gy is not None:
             g2 = flat(gy)
-            own = g2 @ bt.t()
+            own = torch.mm(g2, b2) if ctx.k == 1 else torch.mm(g2, b2).mul_(ctx.k)
             db = upper(s, g2, ctx.k, b) if need_b else None
             dbias = g2.sum(0) if need_bias else None
         parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
@@ -150,8 +153,8 @@ class Leader(torch.autograd.Function):
         if need_x:
             dx = into(None if gx is None else flat(gx), ds, all_a, ctx.mask)
             if g2 is not None:
-                dx.addmm_(g2, w.to(dx.dtype))
-            dx = dx.view(*like.shape[:-1], -1)
+                dx.addmm_(g2, like(w, dx.dtype))
+            dx = dx.view(*some.shape[:-1], -1)
         return None, None, None, dx, None, dbias, db, *da
 
 
@@ -159,9 +162,9 @@ def _again(ctx: Any, gy: Any, gx: Any, gs: Any) -> Any:
     """A leader's backward pass in plain operations, for a gradient of the gradient."""
     s, w, b, _, _, *rest = ctx.saved_tensors
     a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
-    like = next(g for g in (gy, gx, *gs) if g is not None)
+    some = next(g for g in (gy, gx, *gs) if g is not None)
     need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
-    dtype, mask = like.dtype, ctx.mask
+    dtype, mask = some.dtype, ctx.mask
     x2 = dropped(kept, mask) if kept else s
     own = db = dbias = dx = None
     if gy is not None:
@@ -180,7 +183,7 @@ def _again(ctx: Any, gy: Any, gx: Any, gs: Any) -> Any:
         low = ds @ all_a
         dx = low if mask is None else mask.times(low)
         dx = dx if gy is None else dx + flat(gy) @ w.to(dtype)
-        dx = dx.view(*like.shape[:-1], -1)
+        dx = dx.view(*some.shape[:-1], -1)
         dx = dx if gx is None else dx + gx
     return None, None, None, dx, None, dbias, db, *da
 
@@ -203,18 +206,18 @@ class Follower(torch.autograd.Function):
         b: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.k, bt = k, expanded(b, k, x.dtype)
-        y = start(s, bt, bias).addmm_(flat(x), w.to(x.dtype).t()).view(*x.shape[:-1], -1)
-        ctx.save_for_backward(s, w, b, bt)
+        ctx.k, b2, w2 = k, like(b, x.dtype), like(w, x.dtype)
+        y = start(s, b2, k, bias).addmm_(flat(x), w2.t()).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(s, w, b, b2)
         return (y, x.view_as(x)) if share else y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None) -> Any:
-        s, w, b, bt = ctx.saved_tensors
+        s, w, b, b2 = ctx.saved_tensors
         _, _, need_x, need_s, _, need_bias, need_b = ctx.needs_input_grad
         if gy is None:
             return None, None, gx, None, None, None, None
-        g2, w2 = flat(gy), w.to(gy.dtype)
+        g2, w2 = flat(gy), like(w, gy.dtype)
         ds = db = dx = None
         if torch.is_grad_enabled():  # for a gradient of the gradient
             ds = ctx.k * (g2 @ b.to(gy.dtype))
@@ -222,7 +225,8 @@ class Follower(torch.autograd.Function):
             dx = g2 @ w2 if need_x else None
             dx = dx if dx is None or gx is None else dx + flat(gx)
         else:
-            ds = g2 @ bt.t() if need_s else None
+            if need_s:
+                ds = torch.mm(g2, b2) if ctx.k == 1 else torch.mm(g2, b2).mul_(ctx.k)
             db = upper(s, g2, ctx.k, b) if need_b else None
             if need_x:
                 dx = g2 @ w2 if gx is None else flat(gx).addmm_(g2, w2)
@@ -261,6 +265,15 @@ def product(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Tensor, k: float
 ) -> Tensor:
     """The layer with its update where nothing is recorded."""
-    x2, bt = flat(x), expanded(b, k, x.dtype)
-    y = start(x2 @ join(a, x.dtype).t(), bt, bias).addmm_(x2, w.to(x.dtype).t())
+    x2, dtype = flat(x), x.dtype
+    y = start(torch.mm(x2, join(a, dtype).t()), like(b, dtype), k, bias)
+    y.addmm_(x2, like(w, dtype).t())
     return y.view(*x.shape[:-1], -1)
+
+
+def applied(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` without its look for transforms, which ``plain.traced`` has had."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+lead, follow, shrink = applied(Leader), applied(Follower), applied(Shrink)
