@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 REPEATS, WARM = 9, 2
@@ -103,6 +104,38 @@ def measure(shape: Shape, library: Any) -> float:
     return ratio(model, ids, names, lambda: plain(input_ids=ids))
 
 
+def recompilations(library: Any) -> float:
+    """How often a compiled model is compiled again over 20 loads, switches and rescalings, once it
+    has met each of its two adapters.
+    """
+    where = "peft.helpers" if library.__name__ == "peft" else "graftwork.interop.helpers"
+    helpers = importlib.import_module(where)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+    def lora() -> Any:
+        return library.LoraConfig(r=8, target_modules=["0", "1"])
+
+    base = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    model = library.get_peft_model(base, lora(), "a").eval()
+    model.add_adapter("b", lora())
+    counter = CompileCounter()
+    compiled: Any = torch.compile(model, backend=counter, dynamic=False)
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        for name in "ab":
+            model.set_adapter(name)
+            compiled(x)
+        before = counter.frame_count
+        for i in range(20):
+            model.add_adapter(f"n{i}", lora())
+            model.set_adapter("ab"[i % 2])
+            compiled(x)
+            with helpers.rescale_adapter_scale(model, 0.5 + i):
+                compiled(x)
+    return float(counter.frame_count - before)
+
+
 def rows() -> list[dict[str, Any]]:
     """The table: name, peft (None where it is not installed), ours, unit, bound."""
     warnings.simplefilter("ignore")
@@ -117,6 +150,14 @@ def rows() -> list[dict[str, Any]]:
             "bound": shape.bound,
         }
         for shape in SHAPES
+    ] + [
+        {
+            "name": "recompilations over 20 loads, switches and rescalings",
+            "peft": None if peft is None else recompilations(peft),
+            "ours": recompilations(ours),
+            "unit": "",
+            "bound": 0.0,
+        }
     ]
 
 

@@ -22,6 +22,7 @@ _WHERE = {  # module -> the public names that it holds
     "engine.adapter": "Adapter Additive LowRank Shared",
     "engine.site": "Site register_site",
     "engine.root": "Grafted",
+    "fast.plain": "plain_path",
     "loss.fused": "fused_loss",
     "files.codec": "LoadReport",
     "model.peft_model": "PeftModel",
