@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import step
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+import step
 
 VARIANTS = ("floor", "peft", "peft-dropout", "ours", "ours-dropout", "ours-dora")
 

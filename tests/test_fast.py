@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -502,3 +507,21 @@ def test_dropout_scales_what_it_keeps() -> None:
         with model.disable_adapter():
             base = q(x)
     assert (mean - whole).abs().max() < 0.15 * (whole - base).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_sharded_model_learns_what_one_process_learns(kind: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = [sys.executable, str(Path(__file__).parent / "fsdp_program.py")]
+    both = [
+        subprocess.Popen(
+            [*program, str(rank), port, kind],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert [one.splitlines()[-1] for one in told] == ["the same"] * 2, told
