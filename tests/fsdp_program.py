@@ -26,7 +26,7 @@ def main(rank: int, port: str) -> None:
     leads: list[int] = []
     forward = linear.Leader.forward
     linear.Leader.forward = staticmethod(lambda *a: (leads.append(1), forward(*a))[1])  # type: ignore
-    for turn in range(2):
+    for _ in range(2):
         found: list[Any] = []
         for model in (alone, sharded):
             model.zero_grad()
@@ -35,7 +35,7 @@ def main(rank: int, port: str) -> None:
             trained = [p for p in model.parameters() if p.requires_grad]
             grads = [p.grad for p in trained]
             found.append([g.full_tensor() if isinstance(g, DTensor) else g for g in grads])
-            assert len(leads) == (14, 8)[turn]  # of 14 layers; 8 lead once it knows who follows
+            assert len(leads) == 8  # of 14 layers
         same(found[1], found[0])  # both processes have the same data, and gradients are averaged
     dist.destroy_process_group()
     print("the same")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TrainingError, warn
+from ..fast import choose
 from ..fast.rows import tensors_in
 from ..targets import replicas
 from . import inject as injection
@@ -122,6 +123,7 @@ class Grafted(nn.Module):
             yield
 
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        choose.link(switch, self.hosts)
         learning = self.training and torch.is_grad_enabled()
         if learning:
             for schedule in switch.schedules.values():

@@ -64,7 +64,6 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())
-        self.time, self.learned = 0, False  # see fast/choose.py
         self.reads: tuple[str, ...] = ()  # arguments of a call that some adapter has ever read
         self.busy = False  # whether an adapter ever did something around a forward
         self.batches = Batches()  # mixed batches of late
@@ -80,6 +79,7 @@ class Switch:
         asks for that, and not for each of them, so that one more does not compile it again.
         """
         self.configs[name] = config
+        choose.LINKED.discard(self)
         self.reads = tuple(sorted({*self.reads, *config.CONTEXT}))
         own = type(config).after is not PeftConfig.after
         self.busy = self.busy or config.prepares() or own
@@ -133,10 +133,11 @@ class Switch:
 
     def remember(self, outputs: Any) -> None:
         """Tie the present choice to ``outputs``: a forward may be repeated in their backward."""
-        call, time = self.current(), choose.settle(self)
+        call = self.current()
+        choose.settle()
 
         def replay(_: Any) -> None:
-            _CALLS.replay, choose.STATE.time = call, time
+            _CALLS.replay = call
             torch.autograd.Variable._execution_engine.queue_callback(_forget)
 
         for tensor in tensors_in(outputs):
@@ -146,4 +147,3 @@ class Switch:
 
 def _forget() -> None:
     _CALLS.replay = None
-    choose.STATE.time = None

@@ -1,16 +1,17 @@
 """Which path a layer's forward takes: the fast one where it computes the same, or the plain one.
 
 It knows of methods only what they say of themselves in ``Adapter.terms``. Layers that read the same
-input one after another are found by watching which tensor each is given; what was learned in one
-forward of the model holds from the next one on, and a forward that gradient checkpointing repeats
-knows what it knew the first time.
+input one after another, such as q, k and v, are known by their names; that they do is seen by the
+tensor that each is given. Nothing is learned from forward to forward: the first one has the bits of
+all others, so that a training that is resumed goes on as it would have.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from .scale import Scaled
 if TYPE_CHECKING:
     from ..engine.adapter import Adapter
     from ..engine.host import LayerHost
-    from ..engine.switch import Call
+    from ..engine.switch import Call, Switch
 
 
 @dataclass
@@ -68,16 +69,50 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.pending: Pending | None = None
         self.last: Reading | None = None  # who drops what
-        self.leader: tuple[weakref.ref[Tensor], int, weakref.ref[LayerHost]] | None = None
         self.given: weakref.ref[Tensor] | None = None  # what a layer got for a mixed batch
         self.split: Any = None  # the layer that runs such a batch in groups just now
-        self.time: int | None = None  # that of the forward that is being repeated, in a backward
 
 
 STATE = _Thread()
-# leader -> the layers that follow it, since which forward of the model
-FOLLOWERS: weakref.WeakKeyDictionary[LayerHost, dict[int, tuple[weakref.ref[LayerHost], ...]]]
+# the layers of a module that read one input, in the order in which they are called
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)  # where q reads another one
+# leader -> the layers that follow it
+FOLLOWERS: weakref.WeakKeyDictionary[LayerHost, tuple[weakref.ref[LayerHost], ...]]
 FOLLOWERS = weakref.WeakKeyDictionary()
+LINKED: weakref.WeakSet[Switch] = weakref.WeakSet()  # whose layers are in there
+
+
+def link(switch: Switch, hosts: Callable[[], Mapping[str, Any]]) -> None:
+    """Find out which layers of a model read one input, by their names, where that is not known.
+
+    Args:
+        switch: the model's.
+        hosts: gives its hosts by path.
+    """
+    if torch.compiler.is_compiling() or switch in LINKED:
+        return
+    places = hosts()
+    for path, host in places.items():
+        parent, _, name = path.rpartition(".")
+        own: list[Any] = []
+        for names in TOGETHER:
+            least = 1 if CROSS.search(parent) and len(names) == 3 else 0
+            if name in names and (i := names.index(name)) >= least:
+                own = [places.get(f"{parent}.{n}" if parent else n) for n in names[i + 1 :]]
+        FOLLOWERS[host] = tuple(weakref.ref(other) for other in own if other is not None)
+    LINKED.add(switch)
 
 
 def reason(host: LayerHost, parts: Sequence[Adapter]) -> str:
@@ -230,7 +265,6 @@ def finished(y: Tensor, update: Update, own: Own) -> Tensor:
 def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -> Tensor:
     call = host.switch.current()
     others = [] if call.rows is not None else list(_followers(host, update, given, call))
-    _learn(host, given)
     mask = _mask(host, given, x, update.rate)
     every = [update, *(theirs for _, theirs in others)]
     a = [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in every]
@@ -274,14 +308,9 @@ def _followers(
     host: LayerHost, update: Update, given: Tensor, call: Call
 ) -> Iterator[tuple[LayerHost, Update]]:
     """The layers that will read this input next, and their updates."""
-    known = FOLLOWERS.get(host)
-    if not known:
-        return
-    now = host.switch.time if STATE.time is None else STATE.time
-    since = max((time for time in known if time <= now), default=None)
-    for one in [] if since is None else known[since]:
-        other = one()
-        if other is None or other.switch is not host.switch:
+    for one in FOLLOWERS.get(host, ()):
+        other: Any = one()
+        if other is None or other.switch is not host.switch or getattr(other, "site", None) is None:
             continue
         names = other.present(call.active)
         parts = other.parts(names)
@@ -294,7 +323,7 @@ def _followers(
 
 
 def _mask(host: LayerHost, given: Tensor, x: Tensor, rate: float) -> Mask | None:
-    """The mask for an input, which does not depend on what has been learned."""
+    """The mask for an input, which layers have in common that read it one after another."""
     if not rate:
         return None
     if given.is_inference():  # which counts no versions
@@ -320,27 +349,6 @@ def dropped(x: Tensor, rate: float, reader: int) -> Tensor:
     return y.view(x.shape)
 
 
-def _learn(host: LayerHost, given: Tensor) -> None:
-    """Note that a layer has read an input, and which one was the first to read it."""
-    if STATE.time is not None:
-        return
-    last, switch = STATE.leader, host.switch
-    leader = None if last is None else last[2]()
-    same = last is not None and last[0]() is given and last[1] == given._version
-    if not same or leader is None or leader is host or leader.switch is not switch:
-        STATE.leader = weakref.ref(given), given._version, weakref.ref(host)
-        return
-    known = FOLLOWERS.setdefault(leader, {})
-    before = known[max(known)] if known else ()
-    if all(one() is not host for one in before):
-        known[switch.time + 1] = (*before, weakref.ref(host))
-        switch.learned = True
-
-
-def settle(switch: Any) -> int:
-    """End a forward of a model: its time, and from now on what it has learned is used."""
-    time: int = switch.time
-    if switch.learned:
-        switch.time, switch.learned = time + 1, False
-    STATE.pending = STATE.last = STATE.leader = None
-    return time
+def settle() -> None:
+    """End a forward of a model."""
+    STATE.pending = STATE.last = None
