@@ -120,14 +120,15 @@ class Adapter(Part):
 
     @property
     def scaler(self) -> Any:
-        """``scale``; in compiled code as a tensor, since a number would be part of the program."""
+        """``scale``; in compiled code as a tensor, since a number would be part of the program. In
+        fp32: where torch finds a single number in fp64, it compiles twice."""
         held = self.__dict__.get("held_scale")
         return self.scale if held is None or not torch.compiler.is_compiling() else held
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scale":
             number = isinstance(value, (float, int))
-            held = torch.tensor(value, dtype=torch.float64, device="cpu") if number else None
+            held = torch.tensor(value, dtype=torch.float32, device="cpu") if number else None
             self.__dict__["held_scale"] = held
         super().__setattr__(name, value)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bits import Dropped, Mask, Reading, reading
-from .linear import flat, follow, lead, product, shrink
+from .linear import flat, follow, lead, shrink
 from .plain import PLAIN, traced, watched
 from .scale import Scaled
 
@@ -53,11 +53,6 @@ class Update:
     shift: Tensor | None
     gain: Tensor | None  # what the layer and B A are scaled by
     rate: float  # of dropout
-
-    def learns(self) -> bool:
-        """Whether a tensor in it wants a gradient."""
-        every = (*self.a, self.b, self.shift, self.gain)
-        return any(t is not None and t.requires_grad for t in every)
 
     @property
     def scales(self) -> bool:
@@ -179,9 +174,9 @@ def run(
         return None
     kind, free = x.device.type, torch.is_autocast_enabled(x.device.type)
     pending = STATE.pending
-    if pending is not None and pending.x is x and torch.is_grad_enabled():
+    if pending is not None and pending.x is x:
         for i, (one, update, s) in enumerate(pending.rest):
-            if one is host and pending.version == x._version:
+            if one is host and pending.version == version(x):
                 if pending.call is not host.switch.current():
                     break
                 _mask(host, x, x, update.rate)
@@ -197,9 +192,10 @@ def run(
         return None  # the layer casts by itself; its bias is within what it gives
     if not free:
         same = own.w is None or own.w.dtype is x.dtype  # else torch will say so
-        return _run(host, parts, x, x, own) if same else None
+        return _lead(host, combined(host, parts), x, x, own) if same else None
     with torch.autocast(kind, enabled=False):
-        return _run(host, parts, x, x.to(torch.get_autocast_dtype(kind)), own)
+        cast = x.to(torch.get_autocast_dtype(kind))
+        return _lead(host, combined(host, parts), x, cast, own)
 
 
 @dataclass
@@ -224,19 +220,6 @@ def _own(host: LayerHost, base: Callable[[Tensor], Tensor]) -> Own:
     layer: Any = host._modules["base_layer"]
     bias = host.originals.get("bias", layer._parameters.get("bias"))
     return Own(host.site.to_matrix(weight), bias, base)
-
-
-def _run(host: LayerHost, parts: Sequence[Adapter], given: Tensor, x: Tensor, own: Own) -> Tensor:
-    update = combined(host, parts)
-    if torch.is_grad_enabled() and (given.requires_grad or update.learns()):
-        return _lead(host, update, given, x, own)
-    if own.w is not None and not update.rate:
-        bias = None if update.scales else own.bias
-        y = product(x, own.w, bias, update.a, update.b, update.k)
-        return finished(y, update, own)
-    mask = _mask(host, given, x, update.rate)
-    s = shrink(mask, x, torch.cat(update.a))
-    return _onto(x, s, update, own)
 
 
 def combined(host: LayerHost, parts: Sequence[Adapter]) -> Update:
@@ -268,7 +251,8 @@ def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -
     mask = _mask(host, given, x, update.rate)
     every = [update, *(theirs for _, theirs in others)]
     a = [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in every]
-    share, alias = given.requires_grad and own.w is not None, x
+    share = own.w is not None and given.requires_grad and torch.is_grad_enabled()
+    alias = x
     if own.w is None:
         found = shrink(mask, x, *a)
         s, *more = found if others else (found,)
@@ -281,7 +265,7 @@ def _lead(host: LayerHost, update: Update, given: Tensor, x: Tensor, own: Own) -
         y = finished(y, update, own)
     if others:
         rest = [(one, theirs, s) for (one, theirs), s in zip(others, more, strict=True)]
-        STATE.pending = Pending(call, given, given._version, alias, mask, share, rest)
+        STATE.pending = Pending(call, given, version(given), alias, mask, share, rest)
     return y
 
 
@@ -302,6 +286,11 @@ def _follow(pending: Pending, update: Update, s: Tensor, own: Own) -> Tensor:
     bias = None if update.scales else own.bias
     y, pending.alias = follow(True, update.k, pending.alias, s, own.w, bias, update.b)
     return finished(y, update, own)
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was written to, where it counts that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _followers(

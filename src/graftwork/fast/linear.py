@@ -261,16 +261,6 @@ class Shrink(torch.autograd.Function):
         return None, dx, *da
 
 
-def product(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Tensor, k: float
-) -> Tensor:
-    """The layer with its update where nothing is recorded."""
-    x2, dtype = flat(x), x.dtype
-    y = start(torch.mm(x2, join(a, dtype).t()), like(b, dtype), k, bias)
-    y.addmm_(x2, like(w, dtype).t())
-    return y.view(*x.shape[:-1], -1)
-
-
 def applied(function: type[torch.autograd.Function]) -> Any:
     """``function.apply`` without its look for transforms, which ``plain.traced`` has had."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
