@@ -140,21 +140,23 @@ class Way:
         if labels is None or self.how.reason:
             return self.forward(*args, **kwargs)
         self.on, self.given, self.used = True, None, False
+        failed: Exception | None = None
         try:
             outputs = self.forward(*args, **kwargs)
             if self.used:
                 return without(outputs, self.given)
         except _ChangedError:
             pass
-        except Exception:
+        except Exception as error:
             if self.given is None or self.used:  # it is the model's own
                 raise
+            failed = error  # shown with the refusal; a fallback would meet it again
         finally:
             self.on, self.given = False, None
         name = type(self.model).__name__
         reason = f"{name} does not hand what its output layer gives to its loss function"
         if not self.fallback:
-            raise StateError(refusal(reason))
+            raise StateError(refusal(reason)) from failed
         self.how.reason = reason
         return self.forward(*args, **kwargs)
 
