@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from graftwork import LoraConfig
-from graftwork.fast import linear
+from graftwork.fast import choose, linear
 from test_fast import adapted, inputs, same
 
 
@@ -24,6 +24,7 @@ def main(rank: int, port: str) -> None:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy())
     fully_shard(sharded.base_model.model, mesh=mesh)
     leads: list[int] = []
+    choose.FEW = 0
     forward = linear.Leader.forward
     linear.Leader.forward = staticmethod(lambda *a: (leads.append(1), forward(*a))[1])  # type: ignore
     for _ in range(2):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftwork import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
-from graftwork.fast import plain_path
+from graftwork.fast import choose, plain_path
 from graftwork.fast.bits import SIZE, Mask, pool
 from graftwork.fast.choose import FOLLOWERS, STATE
 from graftwork.fast.linear import Follower, Leader, Shrink
@@ -164,6 +164,23 @@ def test_several_adapters_are_one_sum() -> None:
         want = step(model, x)
     same(step(model, x), want)
     same(step(model, x), want)
+
+
+@pytest.fixture(autouse=True)
+def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers share what they can however few the rows are."""
+    monkeypatch.setattr(choose, "FEW", 0)
+
+
+def test_few_rows_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    monkeypatch.setattr(choose, "FEW", 8)
+    for rows, names in ((7, []), (8, ["k", "v"])):
+        model(torch.randn(1, 8, WIDTH))  # so that the names are known
+        model.base_model.model.blocks[0].q(torch.randn(rows, WIDTH))
+        left = [] if STATE.pending is None else STATE.pending.rest
+        assert [host.path.rpartition(".")[2] for host, *_ in left] == names
+        STATE.pending = None
 
 
 def test_layers_that_share_an_input_share_its_products() -> None:

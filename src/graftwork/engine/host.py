@@ -77,16 +77,16 @@ class Host(nn.Module):
         return () if name == BASE else self.present((name,))
 
     def present(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        here = self.adapters._modules
+        here = self._modules["adapters"]._modules  # type: ignore[union-attr]
         return tuple([name for name in names if name in here])
 
     def parts(self, names: tuple[str, ...]) -> list[Adapter]:
         """The adapters of these names at this layer, the lowest first; above are those that are no
         weight, so that the others can be folded.
         """
-        every, parts = self.adapters._modules, []
+        here, parts = self._modules["adapters"]._modules, []  # type: ignore[union-attr]
         for name in names:
-            own = every[name]._modules.values() if name in every else ()
+            own = here[name]._modules.values() if name in here else ()  # type: ignore[union-attr]
             parts += [part for part in own if isinstance(part, Adapter)]
         return parts if len(parts) < 2 else sorted(parts, key=lambda one: "merge" in one.FORBIDS)
 
@@ -338,9 +338,8 @@ class LayerHost(Host):
         def call(x: Tensor) -> Tensor:
             return self.base(x, *rest, **kwargs)
 
-        parts = self.parts(names)
-        fast = choose.run(self, parts, x, call) if parts else None
-        return Beneath(self, parts, call, *self.dtypes(x))(x) if fast is None else fast
+        fast = choose.run(self, names, x, call) if names else None
+        return Beneath(self, self.parts(names), call, *self.dtypes(x))(x) if fast is None else fast
 
     def mixed(self, rows: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         y = batch.joint(self, rows, args, kwargs)

@@ -339,7 +339,7 @@ def as_factors(a: Tensor, b: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, Ten
     For stacked experts the expert index is slowest in A's rows and fastest in B's columns.
     """
     if not lead:
-        return a.flatten(1), b.flatten(1)
+        return (a, b) if a.ndim == b.ndim == 2 else (a.flatten(1), b.flatten(1))
     a, b = a.reshape(*lead, -1, a.shape[1]), b.reshape(len(b), -1, *lead)
     return a, b.permute(2, 0, 1)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .bits import Mask
+from .thin import across, narrow
 
 
 def flat(x: Tensor) -> Tensor:
@@ -47,10 +48,16 @@ def dropped(kept: Sequence[Tensor], mask: Mask | None) -> Tensor:
     return x2 if mask is None else mask.times(x2)
 
 
-def start(s: Tensor, b: Tensor, k: float, bias: Tensor | None) -> Tensor:
-    """k s B' for s (rows, r) and B (out, r), plus a bias (out,)."""
-    s = s if k == 1 else s * k
-    return torch.mm(s, b.t()) if bias is None else torch.addmm(bias.to(s.dtype), s, b.t())
+def output(x: Tensor, s: Tensor, k: float, w: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
+    """x W' + bias + k s B' for x (rows, in), s (rows, r), W (out, in), bias (out,), B (out, r)."""
+    ks = s if k == 1 else s * k
+    low = torch.mm(ks, b.t()) if bias is None else torch.addmm(like(bias, ks.dtype), ks, b.t())
+    return low.addmm_(x, w.t())
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows, n) as (..., n), by the shape of x (..., m)."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,19 +71,19 @@ def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return like(a[0], dtype)
     if all(one.dtype is dtype for one in a):
         return torch.cat(tuple(a))
-    rows = sum(len(one) for one in a)
+    rows = sum(one.shape[0] for one in a)
     return torch.cat(tuple(a), out=a[0].new_empty(rows, a[0].shape[1], dtype=dtype))
 
 
 def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, a: Sequence[Tensor]) -> Any:
     """The gradients of the factors A (r, in), from those of x A'."""
-    every = like(torch.mm(ds.t(), dropped(kept, mask)), a[0].dtype)
-    return every.split_with_sizes([len(one) for one in a]) if len(a) > 1 else (every,)
+    every = like(across(ds, dropped(kept, mask)), a[0].dtype)
+    return every.split_with_sizes([one.shape[0] for one in a]) if len(a) > 1 else (every,)
 
 
 def upper(s: Tensor, g: Tensor, k: float, b: Tensor) -> Tensor:
     """The gradient k g' s of B (out, r), in the layout that reads g (rows, out) as it lies."""
-    db = torch.mm(s.t(), g).t()
+    db = across(s, g).t()
     return like(db if k == 1 else db * k, b.dtype)
 
 
@@ -119,12 +126,12 @@ class Leader(torch.autograd.Function):
         *a: Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.mask, ctx.k, ctx.ranks = mask, k, [len(one) for one in a]
+        ctx.mask, ctx.k, ctx.ranks = mask, k, [one.shape[0] for one in a]
         dtype = x.dtype
         x2, w2, all_a, b2 = flat(x), like(w, dtype), join(a, dtype), like(b, dtype)
-        s = torch.mm(x2 if mask is None else mask.times(x2), all_a.t())
+        s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
         own, *others = s.split_with_sizes(ctx.ranks, 1) if len(a) > 1 else (s,)
-        y = start(own, b2, k, bias).addmm_(x2, w2.t()).view(*x.shape[:-1], -1)
+        y = shaped(output(x2, own, k, w2, bias, b2), x)
         kept = sources(x) if any(ctx.needs_input_grad[6:]) else ()
         ctx.save_for_backward(own, w, b, all_a, b2, *a, *kept)
         if len(a) == 1:
@@ -144,7 +151,7 @@ class Leader(torch.autograd.Function):
         db = dbias = own = g2 = dx = None
         if gy is not None:
             g2 = flat(gy)
-            own = torch.mm(g2, b2) if ctx.k == 1 else torch.mm(g2, b2).mul_(ctx.k)
+            own = narrow(g2, b2) if ctx.k == 1 else narrow(g2, b2).mul_(ctx.k)
             db = upper(s, g2, ctx.k, b) if need_b else None
             dbias = g2.sum(0) if need_bias else None
         parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
@@ -207,7 +214,7 @@ class Follower(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.k, b2, w2 = k, like(b, x.dtype), like(w, x.dtype)
-        y = start(s, b2, k, bias).addmm_(flat(x), w2.t()).view(*x.shape[:-1], -1)
+        y = shaped(output(flat(x), s, k, w2, bias, b2), x)
         ctx.save_for_backward(s, w, b, b2)
         return (y, x.view_as(x)) if share else y
 
@@ -226,7 +233,7 @@ class Follower(torch.autograd.Function):
             dx = dx if dx is None or gx is None else dx + flat(gx)
         else:
             if need_s:
-                ds = torch.mm(g2, b2) if ctx.k == 1 else torch.mm(g2, b2).mul_(ctx.k)
+                ds = narrow(g2, b2) if ctx.k == 1 else narrow(g2, b2).mul_(ctx.k)
             db = upper(s, g2, ctx.k, b) if need_b else None
             if need_x:
                 dx = g2 @ w2 if gx is None else flat(gx).addmm_(g2, w2)
@@ -240,9 +247,9 @@ class Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mask: Mask | None, x: Tensor, *a: Tensor) -> Any:
-        ctx.mask, ctx.ranks, ctx.shape = mask, [len(one) for one in a], x.shape
+        ctx.mask, ctx.ranks, ctx.shape = mask, [one.shape[0] for one in a], x.shape
         x2, all_a = flat(x), join(a, x.dtype)
-        s = (x2 if mask is None else mask.times(x2)) @ all_a.t()
+        s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
         kept = sources(x) if any(ctx.needs_input_grad[2:]) else ()
         ctx.save_for_backward(*a, *kept)
         return s if len(a) == 1 else s.split_with_sizes(ctx.ranks, 1)
@@ -266,4 +273,36 @@ def applied(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-lead, follow, shrink = applied(Leader), applied(Follower), applied(Shrink)
+_lead, _follow, shrink = applied(Leader), applied(Follower), applied(Shrink)
+
+
+def lead(
+    mask: Mask | None,
+    share: bool,
+    k: float,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    *a: Tensor,
+) -> Any:
+    """``Leader``; where nothing is recorded, its forward without a node."""
+    if torch.is_grad_enabled():
+        return _lead(mask, share, k, x, w, bias, b, *a)
+    dtype = x.dtype
+    x2, all_a = flat(x), join(a, dtype)
+    s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
+    own, *others = s.split_with_sizes([one.shape[0] for one in a], 1) if len(a) > 1 else (s,)
+    y = shaped(output(x2, own, k, like(w, dtype), bias, like(b, dtype)), x)
+    return y if len(a) == 1 else (y, None, *others)
+
+
+def follow(
+    share: bool, k: float, x: Tensor, s: Tensor, w: Tensor, bias: Tensor | None, b: Tensor
+) -> Any:
+    """``Follower``; where nothing is recorded, its forward without a node."""
+    if torch.is_grad_enabled():
+        return _follow(share, k, x, s, w, bias, b)
+    dtype = x.dtype
+    y = shaped(output(flat(x), s, k, like(w, dtype), bias, like(b, dtype)), x)
+    return (y, x) if share else y

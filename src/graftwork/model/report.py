@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..engine.host import Host
 from ..engine.root import Grafted
 from ..engine.tree import mark
-from ..fast import choose
+from ..fast import plan
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
                 active=name in switch.active and switch.enabled,
                 trainable=any(t.requires_grad for t in tensors),
                 merged=name in host.merged_adapters,
-                path=choose.path(host, part),
+                path=plan.path(host, part),
                 change=_change(part, site),
             )
 
