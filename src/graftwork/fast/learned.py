@@ -3,7 +3,7 @@ i, with gradients that are tensors of their own.
 
 In torch's operations every factor of every adapter would be a node or two of the graph: its scale,
 its place in a stack, a copy of its gradient, which comes transposed. Here a layer is one node, its
-gradients come as each factor is laid out, and scales are in the stacks.
+gradients come as each factor is laid out, and scales are in what is between A and B.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Leaves:
         """A of each piece, (pieces, rank, in)."""
         own = [(self.a[t], i) for t, i in group.pieces]
         r = group.rank
-        return _stack([a if len(a) == r else a[i : i + r] for a, i in own], self.dtype)
+        return _stack([a if a.shape[0] == r else a[i : i + r] for a, i in own], self.dtype)
 
     def up(self, group: Group) -> Tensor:
-        """s B' of each piece, (pieces, rank, out): products with long rows are the fast ones."""
+        """B' of each piece, (pieces, rank, out): products with long rows are the fast ones."""
         own = [(self.b[t], i) for t, i in group.pieces]
         r = group.rank
         made = _stack([b if b.shape[1] == r else b[:, i : i + r] for b, i in own], self.dtype)
-        return self.times(made.mT.contiguous(), group)
+        return made.mT.contiguous()
 
     def times(self, values: Tensor, group: Group) -> Tensor:
         """Values of each piece, (pieces, ...), times its scale."""
@@ -83,7 +83,7 @@ class Products(torch.autograd.Function):
         for group in groups:
             down, up = leaves.down(group), leaves.up(group)
             taken = _rows(x, group)
-            h = torch.bmm(down, taken.mT)  # (pieces, rank, tokens)
+            h = leaves.times(torch.bmm(down, taken.mT), group)  # (pieces, rank, tokens)
             if group.whole:
                 flat = y.reshape(len(h), -1, y.shape[2])
                 y = torch.baddbmm(flat, h.mT, up).view(y.shape)
@@ -109,9 +109,9 @@ class Products(torch.autograd.Function):
         for k, group in enumerate(ctx.groups):
             down, up, h = kept[3 * k : 3 * k + 3]
             own = _rows(g, group)
-            gh = torch.bmm(own, up.mT)  # (pieces, tokens, rank)
+            gh = leaves.times(torch.bmm(own, up.mT), group)  # (pieces, tokens, rank)
             ga = torch.bmm(gh.mT, _rows(x, group))
-            gb = torch.bmm(leaves.times(h, group), own).mT.contiguous()
+            gb = torch.bmm(h, own).mT.contiguous()
             pieces = zip(group.pieces, ga.unbind(), gb.unbind(), strict=True)
             for (t, begin), of_a, of_b in pieces:
                 found[t][begin], found[n + t][begin] = of_a, of_b
@@ -127,7 +127,8 @@ def _again(x: Tensor, groups: Sequence[Group], leaves: Leaves) -> list[Tensor]:
     kept = []
     for group in groups:
         down = leaves.down(group)
-        kept += [down, leaves.up(group), torch.bmm(down, _rows(x, group).mT)]
+        h = leaves.times(torch.bmm(down, _rows(x, group).mT), group)
+        kept += [down, leaves.up(group), h]
     return kept
 
 

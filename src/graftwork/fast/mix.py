@@ -218,7 +218,7 @@ def stack(mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool) -> Stacks:
         found = [_told(part, learning) for _, part in level.parts]
         a, b, shifts, scales = zip(*found, strict=True)
         numbers = [k for k, _ in level.parts]
-        terms = tuple(zip(numbers, (len(own) for own in a), strict=True))
+        terms = tuple(zip(numbers, (own.shape[0] for own in a), strict=True))
         made.terms.append(terms)
         made.factors.append(
             Leaves(a, b, scales, dtype)
@@ -300,7 +300,7 @@ def _scaled(x: Tensor, gains: Tensor | None, rows: Rows) -> Tensor:
     if gains is None:
         return x
     each = gains.index_select(0, rows.owner(x.device)).to(x.dtype)
-    return x * each.view(len(x), *[1] * (x.ndim - 2), x.shape[-1])
+    return x * each.view(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
 
 
 def _dropped(rows: Rows, level: Level, x: Tensor) -> Tensor:
