@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, evaluate, generate, inspect, methods, predict, train
+from . import demo, evaluate, generate, inspect, merge, methods, predict, train
 
 
 def build(words: Sequence[str] | None = None) -> typer.Typer:
@@ -29,7 +29,7 @@ def build(words: Sequence[str] | None = None) -> typer.Typer:
     )
     app.callback()(_root)
     train.register(app, named=words is None or "train" in words)
-    for module in (evaluate, predict, generate, inspect, methods, demo):
+    for module in (evaluate, predict, generate, merge, inspect, methods, demo):
         module.register(app)
     return app
 

@@ -1,0 +1,199 @@
+"""The safetensors files of a model: tensors as views whose memory can be given back, and writing
+such files tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileError
+from ..files.mapped import DTYPES, opened
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+CHUNK = 1 << 20  # bytes that are copied at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Args:
+        kind: safetensors' name of its dtype.
+        shape: its shape.
+        begin: of its bytes in the file.
+        end: of them.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Shard:
+    """One file.
+
+    Args:
+        path: where it is.
+
+    Raises:
+        FileError: it is damaged, or no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with opened(path) as file:  # checks the header
+            self.metadata = dict(file.metadata() or {})
+        with open(path, "rb") as data:
+            start = 8 + int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(start - 8))
+            self.map = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_COPY)
+        header.pop("__metadata__", None)
+        self.path = path
+        self.entries = {
+            name: Entry(
+                one["dtype"], tuple(one["shape"]), *(start + n for n in one["data_offsets"])
+            )
+            for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+
+    def view(self, name: str) -> Tensor:
+        """A tensor, without a copy where its place in the file allows that.
+
+        Raises:
+            FileError: it is of a dtype that is not computed with.
+        """
+        one = self.entries[name]
+        if one.kind not in DTYPES:
+            raise FileError(
+                f"{name} in {self.path} is of the type {one.kind}, into which nothing can be "
+                "merged; take the model before it was quantised"
+            )
+        dtype = DTYPES[one.kind]
+        if one.begin == one.end:
+            return torch.empty(one.shape, dtype=dtype)
+        if one.begin % dtype.itemsize:
+            return torch.frombuffer(
+                bytearray(self.map[one.begin : one.end]), dtype=dtype
+            ).view(one.shape)  # fmt: skip
+        count = (one.end - one.begin) // dtype.itemsize
+        whole = torch.frombuffer(self.map, dtype=dtype, count=count, offset=one.begin)
+        return whole.view(one.shape)
+
+    def forget(self) -> None:
+        """Give back the memory of what was read."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def shards_of(folder: Path) -> list[Shard]:
+    """The files of a model's folder in their order.
+
+    Raises:
+        FileError: there are none, or one is missing.
+    """
+    if (index := folder / INDEX).is_file():
+        try:
+            names = dict.fromkeys(
+                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise FileError(f"{index} is no index of shards: {error!r}") from error
+        outside = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]
+        if outside:
+            raise FileError(f"{index} names files outside of its folder: {outside[:3]}")
+    elif (folder / SINGLE).is_file():
+        names = {SINGLE: None}
+    else:
+        raise FileError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; weights in other formats are merged with "
+            "--in-memory"
+        )
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileError(f"{folder} lacks {missing[0]}, which its {INDEX} names; fetch it again")
+    return [Shard(folder / name) for name in names]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a file that is to be written.
+
+    Args:
+        name: its name there.
+        kind: safetensors' name of its dtype.
+        shape: its shape.
+        value: computes it; None: it is copied.
+        source: where it is copied from.
+        key: its name there.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor] | None = None
+    source: Shard | None = None
+    key: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if self.source is not None:
+            one = self.source.entries[self.key]
+            return one.end - one.begin
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * DTYPES[self.kind].itemsize
+
+
+def write(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str]) -> None:
+    """Write a file tensor by tensor; it is there whole, or not at all."""
+    pieces, header, place = list(pieces), {"__metadata__": dict(metadata)}, 0
+    head: dict[str, Any] = dict(header)
+    for one in pieces:
+        offsets = [place, place + one.size]
+        head[one.name] = {"dtype": one.kind, "shape": list(one.shape), "data_offsets": offsets}
+        place = offsets[1]
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for one in pieces:
+                _put(file, one)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _put(file: Any, one: Piece) -> None:
+    if one.value is not None:
+        tensor = one.value().detach().cpu().contiguous()
+        assert tuple(tensor.shape) == one.shape and KINDS[tensor.dtype] == one.kind, one.name
+        if tensor.numel():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return
+    assert one.source is not None
+    entry = one.source.entries[one.key]
+    with open(one.source.path, "rb") as source:
+        source.seek(entry.begin)
+        left = entry.end - entry.begin
+        while left:
+            block = source.read(min(left, CHUNK))
+            if not block:
+                raise FileError(f"{one.source.path} is shorter than its header says")
+            file.write(block)
+            left -= len(block)
