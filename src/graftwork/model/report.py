@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ..engine.host import Host
 from ..engine.root import Grafted
 from ..engine.tree import mark
 from ..fast import plan
+
+if TYPE_CHECKING:
+    from .effect import Effect
 
 
 @dataclass
@@ -285,6 +288,26 @@ class Reports(nn.Module):
     def adapters(self) -> Adapters:
         """What is adapted, where, and how: a table when printed, data when read."""
         return adapters(self.base_model)
+
+    def assert_effective(self, *args: Any, **kwargs: Any) -> Effect:
+        """Check with one batch that the active adapters do something, as a test of a training does.
+
+        Nothing is changed: no weight, no ``grad``, no state of the random numbers.
+
+        Args:
+            *args: what the model is called with; a single mapping is taken as keywords.
+            **kwargs: likewise; with labels, gradients are those of the loss, else of a random sum
+                of the outputs.
+
+        Raises:
+            TrainingError: a layer with an adapter is not called by the module around it, a tensor
+                that trains gets no gradient or none that is finite, a place none but zeros; or
+                nothing trains, and the outputs are those of the base model.
+            StateError: no adapter is active, or adapters are merged.
+        """
+        from .effect import assert_effective
+
+        return assert_effective(self, args, kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; shared tensors count once."""
