@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import subprocess
@@ -60,6 +61,29 @@ def test_the_tables_are_the_codes(tables: dict[str, Any]) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def messages() -> list[str]:
+    """All texts of the library, with "..." for what is put into them."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "..." for v in node.values]
+                found.append("".join(map(str, parts)))
+    return found
+
+
+def test_messages_of_the_page_on_troubles_are_the_codes() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^> (.*)$", text, re.M)
+    every = messages()
+    assert len(quoted) > 30
+    for message in quoted:
+        for part in message.strip(".; ").split("..."):
+            assert any(part.strip() in one for one in every), message
 
 
 @pytest.fixture

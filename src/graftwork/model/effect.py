@@ -156,20 +156,20 @@ def _judge(gradients: Mapping[str, Tensor | None]) -> None:
     for name, g in gradients.items():
         places.setdefault(name.partition(": ")[0], []).extend([] if g is None else [g])
     for what, bad in (
-        ("gets no gradient", [n for n, g in gradients.items() if g is None]),
+        ("what trains here gets no gradient", [n for n, g in gradients.items() if g is None]),
         (
-            "gets a gradient that is not finite",
+            "what trains here gets a gradient that is not finite",
             [n for n, g in gradients.items() if g is not None and not g.isfinite().all()],
         ),
         (
-            "gets a gradient of zeros alone",
+            "what trains here gets a gradient of zeros alone",
             [p for p, own in places.items() if not any(bool(g.any()) for g in own)],
         ),
     ):
         if bad:
             more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
             raise TrainingError(
-                f"what trains here {what}: {', '.join(bad[:SHOWN])}{more}. Look at what the model "
+                f"{what}: {', '.join(bad[:SHOWN])}{more}. Look at what the model "
                 "does with that layer's output, at a loss that is not finite, or leave those "
                 "layers out"
             )
