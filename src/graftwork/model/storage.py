@@ -16,7 +16,7 @@ from ..config import PeftConfig
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
-from ..files import codec, identity, starts
+from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
@@ -208,6 +208,8 @@ class Loader:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
+        if not report.ok and not (self.key_mapping or self.training):
+            report, found = self._aligned(base, parts) or (report, found)
         codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
@@ -225,6 +227,30 @@ class Loader:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         self._check_base(base)
         return report
+
+    def _aligned(
+        self, base: nn.Module, parts: list[codec.Owned]
+    ) -> tuple[codec.LoadReport, dict[str, str]] | None:
+        """The comparison by names whose front is another one here, where there is just one such."""
+        every = codec.expected(parts)
+        want = {name: shape for name, (_, _, shape) in every.items()}
+        shapes = {codec.renamed(k, None, want): tuple(t.shape) for k, t in self.tensors.items()}
+        here = {name: shape for name, shape in want.items() if name not in shapes}
+        there = {name: shape for name, shape in shapes.items() if name not in want}
+        if (pair := align.moved(there, here, {n: every[n][1] for n in here})) is None:
+            return None
+        mapping = align.mapping(*pair)
+        report, found = codec.compare(base, parts, self.tensors, mapping)
+        if not report.ok:
+            return None
+        self.key_mapping = mapping
+        old, new = (repr(front or "no front") for front in pair)
+        warn(
+            f"{self.source} was saved from a model whose layers have other names: {old} there is "
+            f"{new} here. All {len(report.matched)} tensors fit and are loaded; give "
+            f"key_mapping={mapping} to say so yourself"
+        )
+        return report, found
 
     def _resumed(self, shared: Any, new: bool) -> Any:
         """What is filled from the training state instead of from the file."""
