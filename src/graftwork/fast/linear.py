@@ -75,6 +75,22 @@ def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(tuple(a), out=a[0].new_empty(rows, a[0].shape[1], dtype=dtype))
 
 
+def led(
+    mask: Mask | None,
+    k: float,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    a: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], Tensor, Tensor]:
+    """y, x A' of each layer, all A as one, and B, the latter two in the dtype of x."""
+    x2, all_a, b2 = flat(x), join(a, x.dtype), like(b, x.dtype)
+    s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
+    every = s.split_with_sizes([one.shape[0] for one in a], 1) if len(a) > 1 else (s,)
+    return shaped(output(x2, every[0], k, like(w, x.dtype), bias, b2), x), every, all_a, b2
+
+
 def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, a: Sequence[Tensor]) -> Any:
     """The gradients of the factors A (r, in), from those of x A'."""
     every = like(across(ds, dropped(kept, mask)), a[0].dtype)
@@ -127,11 +143,7 @@ class Leader(torch.autograd.Function):
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.mask, ctx.k, ctx.ranks = mask, k, [one.shape[0] for one in a]
-        dtype = x.dtype
-        x2, w2, all_a, b2 = flat(x), like(w, dtype), join(a, dtype), like(b, dtype)
-        s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
-        own, *others = s.split_with_sizes(ctx.ranks, 1) if len(a) > 1 else (s,)
-        y = shaped(output(x2, own, k, w2, bias, b2), x)
+        y, (own, *others), all_a, b2 = led(mask, k, x, w, bias, b, a)
         kept = sources(x) if any(ctx.needs_input_grad[6:]) else ()
         ctx.save_for_backward(own, w, b, all_a, b2, *a, *kept)
         if len(a) == 1:
@@ -289,11 +301,7 @@ def lead(
     """``Leader``; where nothing is recorded, its forward without a node."""
     if torch.is_grad_enabled():
         return _lead(mask, share, k, x, w, bias, b, *a)
-    dtype = x.dtype
-    x2, all_a = flat(x), join(a, dtype)
-    s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
-    own, *others = s.split_with_sizes([one.shape[0] for one in a], 1) if len(a) > 1 else (s,)
-    y = shaped(output(x2, own, k, like(w, dtype), bias, like(b, dtype)), x)
+    y, (_, *others), *_ = led(mask, k, x, w, bias, b, a)
     return y if len(a) == 1 else (y, None, *others)
 
 

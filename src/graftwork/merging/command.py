@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import FileError
 from ..files.folder import config_of
 from ..files.hub import Source
-from .merge import Merged, Working, merge_files
+from .merge import Merged, Working, copy_rest, merge_files
+from .plan import leaves
 
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
@@ -83,10 +84,11 @@ def _folder(source: str, revision: str | None) -> str:
     if Path(source).is_dir():
         return source
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS))
-    except Exception as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         raise FileError(f"{source} cannot be fetched from the hub: {error}") from error
 
 
@@ -96,21 +98,14 @@ def _whole(
 ) -> Merged:  # fmt: skip
     """Merge with the whole model in memory."""
     from ..model.peft_model import PeftModel
-    from .merge import copy_rest
 
     target = Path(output).expanduser().resolve()
     with Working(target, "in memory", overwrite) as work:
         loaded = kind.from_pretrained(source, revision=revision, config=config, dtype="auto")
         adapted = PeftModel.from_pretrained(loaded, adapter)
         names = {f"{p}.{n}" for p, h in adapted.base_model.hosts().items()
-                 for n in _leaves(h, tuple(adapted.active_adapters))}  # fmt: skip
+                 for n in leaves(h, tuple(adapted.active_adapters))}  # fmt: skip
         plain = adapted.merge_and_unload()
         copy_rest(Path(_folder(source, revision)), adapter, work.folder)
         plain.save_pretrained(work.folder)
     return Merged(target, sorted(names), len(plain.state_dict()) - len(names))
-
-
-def _leaves(host: Any, names: tuple[str, ...]) -> dict[str, bool]:
-    from .plan import leaves
-
-    return leaves(host, names)

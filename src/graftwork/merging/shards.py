@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
+from ..files.folder import replacing
 from ..files.mapped import DTYPES, opened
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -165,18 +166,10 @@ def write(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str]) -> N
         place = offsets[1]
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for one in pieces:
-                _put(file, one)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for one in pieces:
+            _put(file, one)
 
 
 def _put(file: Any, one: Piece) -> None:
