@@ -253,6 +253,10 @@ def test_another_adapter_starts_anew(tmp_path: Path) -> None:
         merge_files(of, first, out, CAUSAL, config_of(of))
     merge_files(of, first, out, CAUSAL, config_of(of), overwrite=True)
     check(out, in_memory(of, first, CAUSAL), CAUSAL)
+    for folder in (of, first, tmp_path):
+        with pytest.raises(FileError, match="holds what is to be merged; name another folder"):
+            merge_files(of, first, folder, CAUSAL, config_of(of), overwrite=True)
+    assert (of / "config.json").exists() and (first / "adapter_config.json").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file is a file; name a folder"):
         merge_files(of, first, tmp_path / "file", CAUSAL, config_of(of))

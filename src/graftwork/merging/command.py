@@ -100,7 +100,7 @@ def _whole(
     from ..model.peft_model import PeftModel
 
     target = Path(output).expanduser().resolve()
-    with Working(target, "in memory", overwrite) as work:
+    with Working(target, "in memory", overwrite, (source, adapter)) as work:
         loaded = kind.from_pretrained(source, revision=revision, config=config, dtype="auto")
         adapted = PeftModel.from_pretrained(loaded, adapter)
         names = {f"{p}.{n}" for p, h in adapted.base_model.hosts().items()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def merge_files(
             "again; take the model before it was quantised"
         )
     shards = shards_of(source)
-    with Working(target, _digest(shards, adapter), overwrite) as work:
+    with Working(target, _digest(shards, adapter), overwrite, (base, adapter)) as work:
         plan = Plan(_built(kind, config, adapter, loading), shards)
         adapted = PeftModel.from_pretrained(plan.model, adapter, **loading)
         plan.adapt(tuple(adapted.active_adapters))
@@ -123,9 +123,13 @@ class Working:
         target: the output.
         digest: what it is of.
         overwrite: whether the output may be there.
+        inputs: what is read, which is never overwritten.
     """
 
-    def __init__(self, target: Path, digest: str, overwrite: bool) -> None:
+    def __init__(self, target: Path, digest: str, overwrite: bool, inputs: Sequence[Any]) -> None:
+        for place in [Path(one).resolve() for one in inputs if os.path.isdir(one)]:
+            if target == place or target in place.parents:
+                raise FileError(f"{target} holds what is to be merged; name another folder")
         if target.exists() and not target.is_dir():
             raise FileError(f"{target} is a file; name a folder that is not there yet")
         if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -163,9 +167,12 @@ class Working:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if error is None:
             (self.folder / NOTE).unlink()
+            aside = self.target.with_name(f".{self.target.name}.{os.getpid()}.old")
             if self.target.exists():
-                shutil.rmtree(self.target)
+                os.replace(self.target, aside)
             os.replace(self.folder, self.target)
+            if aside.exists():
+                shutil.rmtree(aside)
         elif isinstance(error, (FileError, MergeError)):
             shutil.rmtree(self.folder)
 
@@ -277,7 +284,7 @@ def _add(plan: Plan, work: Working, found: Merged, extra: dict[str, Tensor]) -> 
                 "random; take the base that the adapter was trained on"
             )
     found.added = sorted(extra)
-    names = [path for path in sorted(work.folder.glob("*.safetensors"))]
+    names = sorted(work.folder.glob("*.safetensors"))
     if extra:
         more = work.folder / "added.safetensors"
         pieces = [

@@ -92,7 +92,11 @@ class Plan:
             host, leaf = self.changed[name]
             if id(host) not in self.ready:
                 self.ready[id(host)] = found = dict(host.prepare(self.active))
-                assert found.keys() <= leaves(host, self.active).keys()
+                if more := found.keys() - leaves(host, self.active).keys():
+                    raise MergeError(
+                        f"the adapter changes {sorted(more)} of {host.path}, which its method does "
+                        "not say; merge with --in-memory"
+                    )
             if leaf in self.ready[id(host)]:
                 return self.ready[id(host)][leaf]
         return self.values[name]

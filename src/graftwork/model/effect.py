@@ -123,10 +123,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 def _gradients(
     hosts: Mapping[str, Host], names: tuple[str, ...], outputs: Any, waiting: set[str]
-) -> dict[str, Tensor | None]:
+) -> dict[tuple[str, str], Tensor | None]:
     """The gradients of all tensors that train, by place and name."""
     trained = {
-        f"{path}: {name}.{key}": p
+        (path, f"{name}.{key}"): p
         for path, host in hosts.items()
         if path not in waiting
         for name in host.present(names)
@@ -150,16 +150,17 @@ def _gradients(
     return dict(zip(trained, values, strict=True))
 
 
-def _judge(gradients: Mapping[str, Tensor | None]) -> None:
+def _judge(gradients: Mapping[tuple[str, str], Tensor | None]) -> None:
     """Stop where a gradient is missing or no number, or where all at a place are zero."""
     places: dict[str, list[Tensor]] = {}
-    for name, g in gradients.items():
-        places.setdefault(name.partition(": ")[0], []).extend([] if g is None else [g])
+    for (place, _), g in gradients.items():
+        places.setdefault(place, []).extend([] if g is None else [g])
+    named = {": ".join(name): g for name, g in gradients.items()}
     for what, bad in (
-        ("what trains here gets no gradient", [n for n, g in gradients.items() if g is None]),
+        ("what trains here gets no gradient", [n for n, g in named.items() if g is None]),
         (
             "what trains here gets a gradient that is not finite",
-            [n for n, g in gradients.items() if g is not None and not g.isfinite().all()],
+            [n for n, g in named.items() if g is not None and not g.isfinite().all()],
         ),
         (
             "what trains here gets a gradient of zeros alone",
