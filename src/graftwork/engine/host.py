@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.func import functional_call
 from ..errors import MergeError, StateError
 from ..fast import batch, choose
 from ..fast.rows import each
+from ..fast.tensors import cast, no_autocast, steady
 from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
@@ -234,34 +234,10 @@ class Host(nn.Module):
             super().__setattr__(name, value)
 
 
-def no_autocast(module: nn.Module) -> Any:
-    """A context without autocast on the module's device: folding a weight is exact work."""
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-@contextmanager
-def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block nothing is dropped: what is written or reported is the update itself."""
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.train()
-
-
 def owner_of(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
     """The submodule that holds a parameter, and the parameter's own name."""
     owner, _, leaf = dotted.rpartition(".")
     return module.get_submodule(owner), leaf
-
-
-def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x`` in ``dtype`` where both are floating point; None leaves it."""
-    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
 
 
 class Beneath:

@@ -63,29 +63,30 @@ def inject(
         StateError: the name cannot be used, or adapters are merged.
     """
     switch = switch_of(model) or switch or Switch()
-    check_name(name, switch.configs)
-    _need_unmerged(model)
-    config = copy.deepcopy(config)
-    first = not switch.configs
-    trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
-    with replicated(model, config, switch):
-        slots = plan(Offer(model), config)
-        start = start and not meta  # a file follows
-        built = build(model, slots, config, switch, start=start, autocast=autocast)
-    _warn_of_high_rank(built)
-    if first:
-        switch.trainable = frozenset(trainable)
-        model.requires_grad_(False)
-    _place(model, name, built, meta)
-    switch.take(name, config)
-    if built.shared is not None:
-        switch.shared[name] = built.shared
-    switch.activate((name,) if first else None)
-    trains = not config.inference_mode and name in switch.active
-    switch.flags.write((name,), trains, partial(parts, model))
-    _follow(switch, name, config, built)
-    config.attached(model, switch)
-    return switch
+    with switch.change(name):
+        check_name(name, switch.configs)
+        _need_unmerged(model)
+        config = copy.deepcopy(config)
+        first = not switch.configs
+        trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
+        with replicated(model, config, switch):
+            slots = plan(Offer(model), config)
+            start = start and not meta  # a file follows
+            built = build(model, slots, config, switch, start=start, autocast=autocast)
+        _warn_of_high_rank(built)
+        if first:
+            switch.trainable = frozenset(trainable)
+            model.requires_grad_(False)
+        _place(model, name, built, meta)
+        switch.take(name, config)
+        if built.shared is not None:
+            switch.shared[name] = built.shared
+        switch.activate((name,) if first else None)
+        trains = not config.inference_mode and name in switch.active
+        switch.flags.write((name,), trains, partial(parts, model))
+        _follow(switch, name, config, built)
+        config.attached(model, switch)
+        return switch
 
 
 def switch_of(model: nn.Module) -> Switch | None:

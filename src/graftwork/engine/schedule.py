@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import TrainingError
+from ..fast.flags import trains
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -57,7 +58,7 @@ class Schedule:
     def first(self) -> Tensor | None:
         """A tensor that trains, by which the others are watched."""
         parts = [part for a in self.adapters.values() for part in (a, a.shared) if part is not None]
-        return next((p for part in parts for p in part.parameters() if p.requires_grad), None)
+        return next((p for part in parts for p in part.parameters() if trains(p)), None)
 
     def penalty(self) -> Tensor | None:
         """The term of the loss, noted as delivered when its gradient is computed."""

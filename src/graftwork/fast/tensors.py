@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,3 +83,27 @@ def materialise(module: nn.Module, device: torch.device) -> None:
             if p is not None and p.is_meta:
                 empty = torch.empty_like(p, device=device)
                 m._parameters[name] = nn.Parameter(empty, p.requires_grad)
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in ``dtype`` where both are floating point; None leaves it."""
+    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
+
+
+def no_autocast(module: nn.Module) -> Any:
+    """A context without autocast on the module's device: folding a weight is exact work."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+@contextmanager
+def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block nothing is dropped: what is written or reported is the update itself."""
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.train()

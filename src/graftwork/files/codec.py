@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
+from ..engine.inject import switch_of
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
 from ..fast.tensors import materialise
@@ -212,9 +214,11 @@ def fill(
         if o.part is not resumed:
             o.part.take(values, o.config)
     carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
-    for plain, weight in carried.items():
-        if plain in found and weight.shape == tensors[found[plain]].shape:
-            weight.copy_(tensors[found[plain]])
+    switch = switch_of(model) if carried else None
+    with nullcontext() if switch is None else switch.turns.change(None):
+        for plain, weight in carried.items():
+            if plain in found and weight.shape == tensors[found[plain]].shape:
+                weight.copy_(tensors[found[plain]])
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:

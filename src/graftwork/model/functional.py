@@ -210,17 +210,19 @@ def set_peft_model_state_dict(
         FileError: a tensor is missing, unexpected or of another shape.
     """
     inner = user_model(model)
-    switch_of(model).check((adapter_name,))
-    parts = codec.owned(inner, adapter_name)
-    tensors = dict(peft_model_state_dict)
-    report, found = codec.compare(inner, parts, tensors)
-    if ignore_mismatched_sizes and report.reshaped:
-        bad = {line.partition(":")[0] for line in report.reshaped}
-        found = {plain: key for plain, key in found.items() if key not in bad}
-        report.reshaped = []
-    codec.judge(report, "the state dict", strict == "error")
-    codec.fill(inner, parts, tensors, found)
-    return report
+    switch = switch_of(model)
+    with switch.change(adapter_name):
+        switch.check((adapter_name,))
+        parts = codec.owned(inner, adapter_name)
+        tensors = dict(peft_model_state_dict)
+        report, found = codec.compare(inner, parts, tensors)
+        if ignore_mismatched_sizes and report.reshaped:
+            bad = {line.partition(":")[0] for line in report.reshaped}
+            found = {plain: key for plain, key in found.items() if key not in bad}
+            report.reshaped = []
+        codec.judge(report, "the state dict", strict == "error")
+        codec.fill(inner, parts, tensors, found)
+        return report
 
 
 def load_peft_weights(

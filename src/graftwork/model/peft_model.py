@@ -248,7 +248,8 @@ class PeftModel(Reports, Updating):
 
             plain = path_initial_model_for_weight_conversion is not None
             options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
-            storage.save(self, save_directory, selected_adapters, *options)
+            with self.base_model.switch.turns.change():
+                storage.save(self, save_directory, selected_adapters, *options)
 
     @classmethod
     def from_pretrained(
@@ -322,19 +323,22 @@ class PeftModel(Reports, Updating):
 
         _refuse_offload(ephemeral_gpu_offload)
         loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
-        new = adapter_name not in self.peft_config
-        if new:
-            self.add_adapter(
-                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-            )
-        try:
-            found = loader.load_into(self, adapter_name, new)
-        except BaseException:
+        switch = self.base_model.switch
+        with switch.change(adapter_name):
+            new = adapter_name not in self.peft_config
             if new:
-                self.base_model.delete_adapter(adapter_name)
-            raise
+                self.add_adapter(
+                    adapter_name, loader.config, False, autocast_adapter_dtype, start=False
+                )
+            try:
+                found = loader.load_into(self, adapter_name, new)
+            except BaseException:
+                if new:
+                    self.base_model.delete_adapter(adapter_name)
+                raise
         if not is_trainable and any(m.training for _, m in walk(self)):
-            self.eval()  # which visits every part of every adapter
+            with switch.turns.change(None):
+                self.eval()  # which visits every part of every adapter
         return found
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

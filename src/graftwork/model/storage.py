@@ -21,6 +21,7 @@ from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
 from .functional import get_peft_model_state_dict
+from .resuming import load_training_state, of_part, training_state
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -103,42 +104,6 @@ def save(
                 )
             write(target / inner, own, values, note, {})
     model_card(folder, model.active_peft_config)
-
-
-def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """What a resumed training needs beyond the adapter's own file: what its parts share that is not
-    there, and the state of its schedule.
-    """
-    switch = model.base_model.switch
-    schedule, shared = switch.schedules.get(name), switch.shared.get(name)
-    state = {} if shared is None else shared.training_state()
-    out = {f"{codec.MARK}:{key}": tensor.detach() for key, tensor in state.items()}
-    if schedule is None or schedule.first() is None:
-        return out
-    out["step"] = torch.tensor(schedule.step)
-    for path, adapter in schedule.adapters.items():
-        out.update(
-            {f"{path}:{key}": tensor.detach() for key, tensor in adapter.training_state().items()}
-        )
-    return out
-
-
-def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Take back what ``training_state`` gave."""
-    switch = model.base_model.switch
-    schedule = switch.schedules.get(name)
-    with torch.no_grad():
-        if state := _at(codec.MARK, tensors):
-            switch.shared[name].load_training_state(state)
-        if schedule is not None and "step" in tensors:
-            schedule.step, schedule.version = int(tensors["step"]), None
-            for path, adapter in schedule.adapters.items():
-                adapter.load_training_state(_at(path, tensors))
-
-
-def _at(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a training state holds of one part."""
-    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
 
 
 class Loader:
@@ -260,7 +225,7 @@ class Loader:
             return None
         if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
             self.training = read_beside(self.source, "training", self.note)
-        state, own = _at(codec.MARK, self.training), shared.training_state()
+        state, own = of_part(codec.MARK, self.training), shared.training_state()
         if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
             raise FileError(
                 f"the training state in {self.source} is that of another config than this adapter "
