@@ -16,6 +16,7 @@ from torch.func import functional_call
 from ..errors import MergeError, StateError
 from ..fast import batch, choose
 from ..fast.rows import each
+from ..fast.shards import in_parts, parts_in
 from ..fast.tensors import cast, no_autocast, steady
 from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
@@ -168,9 +169,12 @@ class Host(nn.Module):
 
         Raises:
             MergeError: a value is not finite, or the layer has no place for it.
+            StateError: processes hold the layer in parts.
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
+        if names and (how := parts_in([self.base_layer, *self.parts(names)])):
+            raise in_parts(self.path, how, "merged")
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")

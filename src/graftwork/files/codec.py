@@ -18,6 +18,8 @@ from ..engine.host import Host
 from ..engine.inject import switch_of
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
+from ..fast import shards
+from ..fast.shards import sharding
 from ..fast.tensors import materialise
 
 PREFIX = "base_model.model."
@@ -120,14 +122,40 @@ def full(plain: str, wrapped: bool = True) -> str:
     return (PREFIX if wrapped else "") + plain
 
 
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under PEFT's names, without ``base_model.model.``."""
+def whole(
+    model: nn.Module,
+    parts: list[Owned],
+    values: Mapping[str, Tensor] | None = None,
+    write: bool = False,
+) -> Any:
+    """A context in which parts hold whole tensors; see ``fast.shards.whole``."""
+    every = [o.part for o in parts]
+    if values is None and not sharding():
+        return nullcontext()
+    return shards.whole(model, every, values, write)
+
+
+def state(
+    model: nn.Module, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's names, without ``base_model.model.``.
+
+    Args:
+        model: the user's model.
+        name: the adapter.
+        values: tensors that somebody has gathered, under the names of a state dict of ``model``.
+
+    Raises:
+        StateError: a tensor is in parts that nobody here can gather.
+    """
     out: dict[str, Tensor] = {}
-    for o in owned(model, name):
-        for key, tensor in o.part.file_tensors().items():
-            plain = o.front + key
-            assert plain not in out, f"two tensors would be saved as {plain}"
-            out[plain] = tensor.detach()
+    parts = owned(model, name)
+    with whole(model, parts, values):
+        for o in parts:
+            for key, tensor in o.part.file_tensors().items():
+                plain = o.front + key
+                assert plain not in out, f"two tensors would be saved as {plain}"
+                out[plain] = tensor.detach()
     return out
 
 
@@ -218,7 +246,7 @@ def fill(
     with nullcontext() if switch is None else switch.turns.change(None):
         for plain, weight in carried.items():
             if plain in found and weight.shape == tensors[found[plain]].shape:
-                weight.copy_(tensors[found[plain]])
+                shards.fill(weight, tensors[found[plain]])
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:

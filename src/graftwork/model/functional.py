@@ -17,6 +17,7 @@ from ..engine.root import Grafted, delete
 from ..engine.switch import Switch
 from ..engine.tree import hosts, inside, walk
 from ..errors import FileError, StateError
+from ..fast import shards
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
@@ -119,13 +120,8 @@ def get_peft_model_state_dict(
     """
     inner = user_model(model)
     switch_of(model).check((adapter_name,))
-    tensors = codec.state(inner, adapter_name)
-    if state_dict is not None:
-        names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
-        for owned in codec.owned(inner, adapter_name):
-            for key, tensor in owned.part.file_tensors().items():
-                if (name := names.get(id(tensor))) in state_dict:
-                    tensors[owned.front + key] = state_dict[str(name)]
+    values = None if state_dict is None else within(model, state_dict)
+    tensors = codec.state(inner, adapter_name, values)
     targeted = _targets_embeddings(inner, adapter_name)
     if save_embedding_layers == "auto":
         config = switch_of(model).configs[adapter_name]
@@ -134,9 +130,18 @@ def get_peft_model_state_dict(
         name = config.base_model_name_or_path
         save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))
     if save_embedding_layers:
-        tensors.update(_embedding_tensors(inner, tensors, targeted))
+        tensors.update(_embedding_tensors(inner, tensors, targeted, values))
     tensors = codec.apart(tensors)
     return {codec.full(key, inner is not model): tensor for key, tensor in tensors.items()}
+
+
+def within(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's tensors by their names in the user's model, in a wrapper or not."""
+    inner = user_model(model)
+    front = next((f"{path}." for path, m in model.named_modules() if m is inner and path), "")
+    plain = {shards.plain_path(key): tensor for key, tensor in tensors.items()}
+    front = shards.plain_path(front)
+    return {k.removeprefix(front): t for k, t in plain.items() if k.startswith(front)}
 
 
 def _targets_embeddings(model: nn.Module, name: str) -> bool:
@@ -172,8 +177,17 @@ def vocabulary_changed(model: nn.Module, base: str | None) -> bool:
 
 
 def _embedding_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], targeted: bool
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    targeted: bool,
+    values: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
+    def taken(name: str, weight: Tensor) -> Tensor:
+        given = (values or {}).get(name, weight)
+        if values is not None and (how := shards.split(given)):
+            raise StateError(f"{name} is {how}, and the state_dict that was given lacks it")
+        return shards.gather(name, given)
+
     wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
     found = hosts(model)
     out = {}
@@ -181,9 +195,11 @@ def _embedding_tensors(
         if id(inside(module)) not in wanted or f"{path}.weight" in tensors:
             continue
         if path in found:
-            out[f"{path}.base_layer.weight"] = found[path].pristine("weight").detach()
+            name = f"{path}.base_layer.weight"
+            out[name] = taken(name, found[path].pristine("weight"))
         elif not targeted:
-            out[f"{path}.weight"] = inside(module).get_parameter("weight").detach()
+            name = f"{path}.weight"
+            out[name] = taken(name, inside(module).get_parameter("weight"))
     return out
 
 
@@ -215,14 +231,15 @@ def set_peft_model_state_dict(
         switch.check((adapter_name,))
         parts = codec.owned(inner, adapter_name)
         tensors = dict(peft_model_state_dict)
-        report, found = codec.compare(inner, parts, tensors)
-        if ignore_mismatched_sizes and report.reshaped:
-            bad = {line.partition(":")[0] for line in report.reshaped}
-            found = {plain: key for plain, key in found.items() if key not in bad}
-            report.reshaped = []
-        codec.judge(report, "the state dict", strict == "error")
-        codec.fill(inner, parts, tensors, found)
-        return report
+        with codec.whole(inner, parts, write=True):
+            report, found = codec.compare(inner, parts, tensors)
+            if ignore_mismatched_sizes and report.reshaped:
+                bad = {line.partition(":")[0] for line in report.reshaped}
+                found = {plain: key for plain, key in found.items() if key not in bad}
+                report.reshaped = []
+            codec.judge(report, "the state dict", strict == "error")
+            codec.fill(inner, parts, tensors, found)
+            return report
 
 
 def load_peft_weights(

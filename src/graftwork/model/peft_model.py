@@ -16,6 +16,7 @@ from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
+from ..fast.shards import gathers, rank
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 from .report import Reports
 from .updating import Updating
@@ -224,7 +225,8 @@ class PeftModel(Reports, Updating):
             selected_adapters: which adapters; all by default.
             save_embedding_layers: also the base's embeddings; "auto": where the adapter or the
                 vocabulary changed them.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. Where processes hold the model in parts and no
+                state dict is given, all of them have to call this, and the first one writes.
             path_initial_model_for_weight_conversion: anything but None writes an adapter that
                 starts from the base weight (PiSSA, OLoRA) as a plain LoRA of twice the rank, for
                 the untouched base.
@@ -243,11 +245,14 @@ class PeftModel(Reports, Updating):
             if not POLICY.lenient:
                 raise ValueError(f"{text} is refused. Leave it out")
             warn(f"{text} writes safetensors")
-        if is_main_process:
+        values = kwargs.get("state_dict")
+        together = values is None and gathers(self)
+        if is_main_process or together:
             from . import storage
 
             plain = path_initial_model_for_weight_conversion is not None
-            options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
+            writes = is_main_process and not (together and rank())
+            options = save_embedding_layers, plain, values, compat, writes
             with self.base_model.switch.turns.change():
                 storage.save(self, save_directory, selected_adapters, *options)
 

@@ -16,10 +16,18 @@ if TYPE_CHECKING:
 RANDOM = "/"  # in front of the path of a part with random numbers of its own: no path begins so
 
 
-def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+def training_state(
+    model: PeftModel, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """What its parts share that is not in the file, the state of its schedule, and where random
-    numbers of its own go on.
+    numbers of its own go on. ``values``: the model's tensors, where somebody has gathered them.
     """
+    base = model.get_base_model()
+    with codec.whole(base, codec.owned(base, name), values):
+        return _training_state(model, name)
+
+
+def _training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     switch = model.base_model.switch
     schedule, shared = switch.schedules.get(name), switch.shared.get(name)
     state = {} if shared is None else shared.training_state()

@@ -16,11 +16,12 @@ from ..config import PeftConfig
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
+from ..fast.shards import gather
 from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
-from .functional import get_peft_model_state_dict
+from .functional import get_peft_model_state_dict, within
 from .resuming import load_training_state, of_part, training_state
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ def save(
     plain: bool,
     state_dict: Mapping[str, Tensor] | None,
     compat: str | None = None,
+    writes: bool = True,
 ) -> None:
-    """Write adapters into a folder; see ``PeftModel.save_pretrained``."""
+    """Write adapters into a folder; see ``PeftModel.save_pretrained``. ``writes``: False only
+    gathers what other processes have parts of.
+    """
     folder = Path(directory)
     if folder.is_file():
         raise FileError(f"{folder} is a file; give a folder to save_pretrained")
@@ -78,6 +82,7 @@ def save(
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
     note = {"identity": identity.identity(model.get_base_model())}
+    given = None if state_dict is None else within(model, state_dict)
     for name in names:
         config = model.peft_config[name]
         tensors = get_peft_model_state_dict(
@@ -94,16 +99,23 @@ def save(
         )
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name), "start": start}
+        beside = {"training": training_state(model, name, given), "start": start}
+        folders = {
+            inner: (own, {key: gather(key, value) for key, value in values.items()})
+            for inner, (own, values) in config.folders(model.get_base_model(), name).items()
+        }
+        if not writes:
+            continue
         write(target, config, tensors, note, beside)
-        for inner, (own, values) in config.folders(model.get_base_model(), name).items():
+        for inner, (own, values) in folders.items():
             if name == "default" and inner in names:
                 raise StateError(
                     f"the folder {inner!r} would hold both the adapter of that name and a part of "
                     "'default'; rename_adapter() the former, or save them apart"
                 )
             write(target / inner, own, values, note, {})
-    model_card(folder, model.active_peft_config)
+    if writes:
+        model_card(folder, model.active_peft_config)
 
 
 class Loader:
@@ -172,6 +184,13 @@ class Loader:
         if not new:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
+        with codec.whole(base, parts, write=True):
+            return self._fill(model, name, new, parts)
+
+    def _fill(
+        self, model: PeftModel, name: str, new: bool, parts: list[codec.Owned]
+    ) -> codec.LoadReport:
+        base = model.get_base_model()
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
         if not report.ok and not (self.key_mapping or self.training):
             report, found = self._aligned(base, parts) or (report, found)
