@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch.func import functional_call
 from ..errors import MergeError, StateError
 from ..fast import batch, choose
 from ..fast.rows import each
-from ..fast.tensors import fetched, no_autocast, owner_of, unwritable
+from ..fast.shards import in_parts, parts_in
+from ..fast.tensors import cast, fetched, no_autocast, owner_of, steady, unwritable
 from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
@@ -167,9 +167,12 @@ class Host(nn.Module):
 
         Raises:
             MergeError: a value is not finite, or the layer has no place for it.
+            StateError: processes hold the layer in parts.
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
+        if names and (how := parts_in([self.base_layer, *self.parts(names)])):
+            raise in_parts(self.path, how, "merged")
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")
@@ -233,24 +236,6 @@ class Host(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
-
-
-@contextmanager
-def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block nothing is dropped: what is written or reported is the update itself."""
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.train()
-
-
-def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x`` in ``dtype`` where both are floating point; None leaves it."""
-    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
 
 
 class Beneath:

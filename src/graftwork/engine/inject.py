@@ -13,6 +13,7 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
+from ..fast.shards import in_parts, parts_in, sharding
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
@@ -63,29 +64,30 @@ def inject(
         StateError: the name cannot be used, or adapters are merged.
     """
     switch = switch_of(model) or switch or Switch()
-    check_name(name, switch.configs)
-    _need_unmerged(model)
-    config = copy.deepcopy(config)
-    first = not switch.configs
-    trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
-    with replicated(model, config, switch):
-        slots = plan(Offer(model), config)
-        start = start and not meta  # a file follows
-        built = build(model, slots, config, switch, start=start, autocast=autocast)
-    _warn_of_high_rank(built)
-    if first:
-        switch.trainable = frozenset(trainable)
-        model.requires_grad_(False)
-    _place(model, name, built, meta)
-    switch.take(name, config)
-    if built.shared is not None:
-        switch.shared[name] = built.shared
-    switch.activate((name,) if first else None)
-    trains = not config.inference_mode and name in switch.active
-    switch.flags.write((name,), trains, partial(parts, model))
-    _follow(switch, name, config, built)
-    config.attached(model, switch)
-    return switch
+    with switch.change(name):
+        check_name(name, switch.configs)
+        _need_unmerged(model)
+        config = copy.deepcopy(config)
+        first = not switch.configs
+        trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
+        with replicated(model, config, switch):
+            slots = plan(Offer(model), config)
+            start = start and not meta  # a file follows
+            built = build(model, slots, config, switch, start=start, autocast=autocast)
+        _warn_of_high_rank(built)
+        if first:
+            switch.trainable = frozenset(trainable)
+            model.requires_grad_(False)
+        _place(model, name, built, meta)
+        switch.take(name, config)
+        if built.shared is not None:
+            switch.shared[name] = built.shared
+        switch.activate((name,) if first else None)
+        trains = not config.inference_mode and name in switch.active
+        switch.flags.write((name,), trains, partial(parts, model))
+        _follow(switch, name, config, built)
+        config.attached(model, switch)
+        return switch
 
 
 def switch_of(model: nn.Module) -> Switch | None:
@@ -135,6 +137,9 @@ def build(
             kind = LayerHost if kind_of(module) else ModuleHost
             module = found.get(id(module)) or kind(module, switch, slot.path)
         found[id(inside(module))] = module
+    for host in found.values() if sharding() else ():
+        if how := parts_in([inside(host)]):
+            raise in_parts(host.path, how, "adapted")
     places = [(slot, found[id(inside(modules[slot.path]))]) for slot in slots]
     sites = [host.site_of(slot.key) for slot, host in places if slot.level == MAIN]
     dtype = dtype_of(places[0][1].base_layer, autocast)

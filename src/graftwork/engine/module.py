@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..fast.rows import expand, tensors_in
-from ..fast.tensors import no_autocast
+from ..fast.tensors import cast, no_autocast
 from .adapter import Adapter
-from .host import Host, cast
+from .host import Host
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter

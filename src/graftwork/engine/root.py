@@ -14,6 +14,7 @@ from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TrainingError, warn
 from ..fast import choose
 from ..fast.rows import tensors_in
+from ..fast.turns import alone, ordered
 from ..targets import replicas
 from . import inject as injection
 from . import ties
@@ -79,7 +80,7 @@ class Grafted(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward; ``adapter_names``: one for each row, ``"__base__"`` for none."""
-        with self.calling(adapter_names, args, kwargs):
+        with self.switch.turn(adapter_names), self.calling(adapter_names, args, kwargs):
             return self._forward(self.switch, args, kwargs)
 
     def calling(
@@ -109,10 +110,10 @@ class Grafted(nn.Module):
     ) -> Iterator[None]:
         """A context for a call that runs the user's model many times by itself."""
         switch = self.switch
-        preparing = self.preparing(names or switch.current().active)
-        lasting = [name for name in preparing if switch.configs[name].LASTS]
-        preparing = [name for name in preparing if name not in lasting]
-        with ExitStack() as stack:
+        with switch.turn(names), ExitStack() as stack:
+            preparing = self.preparing(names or switch.current().active)
+            lasting = [name for name in preparing if switch.configs[name].LASTS]
+            preparing = [name for name in preparing if name not in lasting]
             stack.enter_context(self.calling(names, inputs, kwargs, once=False))
             call = switch.current()
             for name in lasting:
@@ -125,16 +126,16 @@ class Grafted(nn.Module):
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choose.link(switch, self.hosts)
         learning = self.training and torch.is_grad_enabled()
-        if learning:
-            for schedule in switch.schedules.values():
-                schedule.check()
+        active = switch.current().active
+        followed = [switch.schedules[n] for n in active if n in switch.schedules]
+        for schedule in followed if learning else ():
+            schedule.check()
         outputs = self.model(*args, **kwargs)
         call = switch.current()
         known = [n for n in call.active if n in switch.configs] if switch.busy else []
         for name in known if call.rows is None else ():
             outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
         if learning:
-            followed = [s for n, s in switch.schedules.items() if n in call.active]
             outputs = add_to_loss(outputs, followed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
@@ -209,6 +210,7 @@ class Grafted(nn.Module):
             self.model, peft_config, adapter_name, self.switch, meta=low_cpu_mem_usage, **options
         )
 
+    @ordered
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active, the lowest first; they alone are trainable, unless
         ``inference_mode``.
@@ -225,6 +227,7 @@ class Grafted(nn.Module):
         switch.activate(names)
         switch.flags.choose(names, not inference_mode, partial(parts, self.model))
 
+    @ordered
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
@@ -243,12 +246,10 @@ class Grafted(nn.Module):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters; layers without any other get back their place in the model."""
-        switch = self.switch
-        names = switch.check(
-            (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        )
-        delete(self.model, switch, names)
+        names = (adapter_name,) if isinstance(adapter_name, str) else adapter_name
+        delete(self.model, self.switch, names)
 
+    @alone
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         switch = self.switch
@@ -276,6 +277,7 @@ class Grafted(nn.Module):
 
     # -- merging
 
+    @alone
     def merge_adapter(
         self,
         adapter_names: Sequence[str] | None = None,
@@ -312,6 +314,7 @@ class Grafted(nn.Module):
         switch.merged = names
         switch.activate(names)
 
+    @alone
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
         switch, every = self.switch, self.hosts().values()
@@ -324,6 +327,7 @@ class Grafted(nn.Module):
             switch.activate(switch.before_merge)
         switch.merged = ()
 
+    @alone
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -335,6 +339,7 @@ class Grafted(nn.Module):
             self.merge_adapter(adapter_names, keep=False)
         return self._bare()
 
+    @alone
     def unload(self) -> nn.Module:
         """Give back the user's own model: its objects, its classes, its hooks and its bits."""
         if self.merged():
@@ -372,29 +377,33 @@ class Grafted(nn.Module):
 
 def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
     """Drop adapters from a model."""
-    every = hosts(model)
-    for path, host in every.items():
-        if busy := [n for n in names if n in host.merged_adapters]:
-            raise StateError(
-                f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+    with switch.change(*names):
+        switch.check(tuple(names))
+        every = hosts(model)
+        for path, host in every.items():
+            if busy := [n for n in names if n in host.merged_adapters]:
+                raise StateError(
+                    f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+                )
+        for host in every.values():
+            for name in host.present(tuple(names)):
+                del host.adapters[name]
+        for name in names:
+            config = switch.configs.pop(name)
+            switch.schedules.pop(name, None)
+            switch.shared.pop(name, None)
+            config.detached(model, switch)
+        switch.flags.drop(names)
+        left = tuple(n for n in switch.active if n in switch.configs)
+        if not left and switch.configs and switch.active:
+            left = (next(iter(switch.configs)),)
+            warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
+            switch.flags.write(
+                left, not switch.configs[left[0]].inference_mode, partial(parts, model)
             )
-    for host in every.values():
-        for name in host.present(tuple(names)):
-            del host.adapters[name]
-    for name in names:
-        config = switch.configs.pop(name)
-        switch.schedules.pop(name, None)
-        switch.shared.pop(name, None)
-        config.detached(model, switch)
-    switch.flags.drop(names)
-    left = tuple(n for n in switch.active if n in switch.configs)
-    if not left and switch.configs and switch.active:
-        left = (next(iter(switch.configs)),)
-        warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
-        switch.flags.write(left, not switch.configs[left[0]].inference_mode, partial(parts, model))
-    switch.activate(left)
-    for path, module in list(walk(model)):
-        if isinstance(module, Host) and not len(module.adapters):
-            put(model, path, module.base_layer)
-    if not switch.configs:
-        replicas.restore(model)
+        switch.activate(left)
+        for path, module in list(walk(model)):
+            if isinstance(module, Host) and not len(module.adapters):
+                put(model, path, module.base_layer)
+        if not switch.configs:
+            replicas.restore(model)

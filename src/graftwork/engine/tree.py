@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..fast.shards import TRANSPARENT
 from .host import Host
-
-# children through which torch wraps a module: the path of what is inside is the path of the whole
-TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def inside(module: nn.Module) -> nn.Module:

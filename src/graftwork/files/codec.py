@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
+from ..engine.inject import switch_of
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
+from ..fast import shards
+from ..fast.shards import sharding
 from ..fast.tensors import materialise
 
 PREFIX = "base_model.model."
@@ -118,14 +122,40 @@ def full(plain: str, wrapped: bool = True) -> str:
     return (PREFIX if wrapped else "") + plain
 
 
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under PEFT's names, without ``base_model.model.``."""
+def whole(
+    model: nn.Module,
+    parts: list[Owned],
+    values: Mapping[str, Tensor] | None = None,
+    write: bool = False,
+) -> Any:
+    """A context in which parts hold whole tensors; see ``fast.shards.whole``."""
+    every = [o.part for o in parts]
+    if values is None and not sharding():
+        return nullcontext()
+    return shards.whole(model, every, values, write)
+
+
+def state(
+    model: nn.Module, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's names, without ``base_model.model.``.
+
+    Args:
+        model: the user's model.
+        name: the adapter.
+        values: tensors that somebody has gathered, under the names of a state dict of ``model``.
+
+    Raises:
+        StateError: a tensor is in parts that nobody here can gather.
+    """
     out: dict[str, Tensor] = {}
-    for o in owned(model, name):
-        for key, tensor in o.part.file_tensors().items():
-            plain = o.front + key
-            assert plain not in out, f"two tensors would be saved as {plain}"
-            out[plain] = tensor.detach()
+    parts = owned(model, name)
+    with whole(model, parts, values):
+        for o in parts:
+            for key, tensor in o.part.file_tensors().items():
+                plain = o.front + key
+                assert plain not in out, f"two tensors would be saved as {plain}"
+                out[plain] = tensor.detach()
     return out
 
 
@@ -212,9 +242,11 @@ def fill(
         if o.part is not resumed:
             o.part.take(values, o.config)
     carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
-    for plain, weight in carried.items():
-        if plain in found and weight.shape == tensors[found[plain]].shape:
-            weight.copy_(tensors[found[plain]])
+    switch = switch_of(model) if carried else None
+    with nullcontext() if switch is None else switch.turns.change(None):
+        for plain, weight in carried.items():
+            if plain in found and weight.shape == tensors[found[plain]].shape:
+                shards.fill(weight, tensors[found[plain]])
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import CONFIG_NAME, PeftConfig
 from ..errors import POLICY, FileError
+from ..fast.shards import gather
 from .hub import Source
 from .mapped import opened, read
 
@@ -86,25 +87,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor"):
-            tensor = _gathered(name, tensor)
+        if tensor.is_meta:
+            raise FileError(f"{name} is on the meta device, so it has no values; load them first")
+        tensor = gather(name, tensor)
         value = tensor.detach().cpu().contiguous()
         if value.numel() and value.untyped_storage().data_ptr() in seen:
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         out[name] = value
     return out
-
-
-def _gathered(name: str, tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "full_tensor"):
-        whole: Tensor = tensor.full_tensor()
-        return whole
-    what = "is on the meta device, so it has no values" if tensor.is_meta else "is partitioned"
-    raise FileError(
-        f"{name} {what}; gather it before saving (deepspeed.zero.GatheredParameters), or load its "
-        "values first"
-    )
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.tree import parameters
+from ..fast.shards import class_of, shape_of, split
 
 SAMPLED = 16  # weights that are sampled
 POINTS = 64  # numbers taken from each of them
@@ -42,17 +43,20 @@ def identity(model: nn.Module, grown: Collection[str] = ()) -> dict[str, Any]:
 
 def _identity(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Any]:
     named = list(parameters.items())
-    shapes = {name: list(p.shape) for name, p in named}
-    weights = [
-        (name, p) for name, p in named if p.is_floating_point() and p.ndim > 1 and not p.is_meta
-    ]
+    shapes = {name: list(shape_of(p)) for name, p in named}
+    weights = [(name, p) for name, p in named if p.ndim > 1 and _readable(p)]
     chosen = weights[:: max(1, len(weights) // SAMPLED)][:SAMPLED]
     return {
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "config": _digest(_config(model)),
         "shapes": _digest(shapes),
         "weights": {name: sample(p) for name, p in chosen},
     }
+
+
+def _readable(weight: Tensor) -> bool:
+    """Whether this process alone can look at a weight's numbers."""
+    return weight.is_floating_point() and not weight.is_meta and split(weight) is None
 
 
 def sample(weight: Tensor) -> str:
@@ -81,7 +85,7 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     weights = {
         name: digest
         for name, digest in saved.get("weights", {}).items()
-        if name in here and here[name].is_floating_point() and not here[name].is_meta
+        if name in here and _readable(here[name])
     }
     digests = {**{n: sample(here[n]) for n in weights if n not in now["weights"]}, **now["weights"]}
     other = [name for name, digest in weights.items() if digests[name] != digest]

@@ -127,12 +127,13 @@ class AdaLoRA(LowRank, config=AdaLoraConfig):
 
     def expects(self, config: AdaLoraConfig) -> dict[str, tuple[int, ...]]:
         if config.mask is None:
-            return super().expects(config)
+            return {self.keys[n]: tuple(p.shape) for n, p in self.named_parameters()}
         r = sum(config.mask)
         return {"lora_A": (r, self.A.shape[1]), "lora_B": (len(self.B), r), "lora_E": (r, 1)}
 
     def take(self, tensors: Mapping[str, Tensor], config: AdaLoraConfig) -> None:
         if config.mask is None or sum(config.mask) == len(self.E):
+            self.kept.fill_(True)
             return super().take(tensors, config)
         kept = self.kept.copy_(torch.tensor(config.mask))  # a pruned file, into one of full rank
         self.E.zero_()

@@ -16,6 +16,7 @@ from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
+from ..fast.shards import gathers, rank
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 from .report import Reports
 from .updating import Updating
@@ -224,7 +225,8 @@ class PeftModel(Reports, Updating):
             selected_adapters: which adapters; all by default.
             save_embedding_layers: also the base's embeddings; "auto": where the adapter or the
                 vocabulary changed them.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. Where processes hold the model in parts and no
+                state dict is given, all of them have to call this, and the first one writes.
             path_initial_model_for_weight_conversion: anything but None writes an adapter that
                 starts from the base weight (PiSSA, OLoRA) as a plain LoRA of twice the rank, for
                 the untouched base.
@@ -243,12 +245,16 @@ class PeftModel(Reports, Updating):
             if not POLICY.lenient:
                 raise ValueError(f"{text} is refused. Leave it out")
             warn(f"{text} writes safetensors")
-        if is_main_process:
+        values = kwargs.get("state_dict")
+        together = values is None and gathers(self)
+        if is_main_process or together:
             from . import storage
 
             plain = path_initial_model_for_weight_conversion is not None
-            options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
-            storage.save(self, save_directory, selected_adapters, *options)
+            writes = is_main_process and not (together and rank())
+            options = save_embedding_layers, plain, values, compat, writes
+            with self.base_model.switch.turns.change():
+                storage.save(self, save_directory, selected_adapters, *options)
 
     @classmethod
     def from_pretrained(
@@ -322,19 +328,22 @@ class PeftModel(Reports, Updating):
 
         _refuse_offload(ephemeral_gpu_offload)
         loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
-        new = adapter_name not in self.peft_config
-        if new:
-            self.add_adapter(
-                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-            )
-        try:
-            found = loader.load_into(self, adapter_name, new)
-        except BaseException:
+        switch = self.base_model.switch
+        with switch.change(adapter_name):
+            new = adapter_name not in self.peft_config
             if new:
-                self.base_model.delete_adapter(adapter_name)
-            raise
+                self.add_adapter(
+                    adapter_name, loader.config, False, autocast_adapter_dtype, start=False
+                )
+            try:
+                found = loader.load_into(self, adapter_name, new)
+            except BaseException:
+                if new:
+                    self.base_model.delete_adapter(adapter_name)
+                raise
         if not is_trainable and any(m.training for _, m in walk(self)):
-            self.eval()  # which visits every part of every adapter
+            with switch.turns.change(None):
+                self.eval()  # which visits every part of every adapter
         return found
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from ..engine.host import Host
 from ..engine.root import Grafted
 from ..engine.tree import mark
 from ..fast import plan
+from ..fast.shards import split
 
 if TYPE_CHECKING:
     from .effect import Effect
@@ -159,6 +160,8 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
 @torch.no_grad()
 def _change(part: Any, site: Any) -> float | None:
     if site is None or not site.raw.is_floating_point() or site.raw.ndim < 2 or site.raw.is_meta:
+        return None
+    if split(site.raw):
         return None
     w = site.weight.to(part.dtype)
     change = float(part.delta_norm(w) / w.norm().clamp(min=1e-12))

@@ -16,12 +16,14 @@ from ..config import PeftConfig
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
+from ..fast.shards import gather
 from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
 from . import vocabulary
-from .functional import get_peft_model_state_dict
+from .functional import get_peft_model_state_dict, within
+from .resuming import load_training_state, of_part, training_state
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -63,8 +65,11 @@ def save(
     plain: bool,
     state_dict: Mapping[str, Tensor] | None,
     compat: str | None = None,
+    writes: bool = True,
 ) -> None:
-    """Write adapters into a folder; see ``PeftModel.save_pretrained``."""
+    """Write adapters into a folder; see ``PeftModel.save_pretrained``. ``writes``: False only
+    gathers what other processes have parts of.
+    """
     folder = Path(directory)
     if folder.is_file():
         raise FileError(f"{folder} is a file; give a folder to save_pretrained")
@@ -79,6 +84,7 @@ def save(
             model.peft_config[name].for_peft(model.get_base_model(), {})
     base = model.get_base_model()
     note = {"identity": identity.identity(base, vocabulary.grown(base, names))}
+    given = None if state_dict is None else within(model, state_dict)
     for name in names:
         config = model.peft_config[name]
         tensors = get_peft_model_state_dict(
@@ -95,52 +101,23 @@ def save(
         )
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name), "start": start}
+        beside = {"training": training_state(model, name, given), "start": start}
+        folders = {
+            inner: (own, {key: gather(key, value) for key, value in values.items()})
+            for inner, (own, values) in config.folders(model.get_base_model(), name).items()
+        }
+        if not writes:
+            continue
         write(target, config, tensors, note, beside)
-        for inner, (own, values) in config.folders(model.get_base_model(), name).items():
+        for inner, (own, values) in folders.items():
             if name == "default" and inner in names:
                 raise StateError(
                     f"the folder {inner!r} would hold both the adapter of that name and a part of "
                     "'default'; rename_adapter() the former, or save them apart"
                 )
             write(target / inner, own, values, note, {})
-    model_card(folder, model.active_peft_config)
-
-
-def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """What a resumed training needs beyond the adapter's own file: what its parts share that is not
-    there, and the state of its schedule.
-    """
-    switch = model.base_model.switch
-    schedule, shared = switch.schedules.get(name), switch.shared.get(name)
-    state = {} if shared is None else shared.training_state()
-    out = {f"{codec.MARK}:{key}": tensor.detach() for key, tensor in state.items()}
-    if schedule is None or schedule.first() is None:
-        return out
-    out["step"] = torch.tensor(schedule.step)
-    for path, adapter in schedule.adapters.items():
-        out.update(
-            {f"{path}:{key}": tensor.detach() for key, tensor in adapter.training_state().items()}
-        )
-    return out
-
-
-def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Take back what ``training_state`` gave."""
-    switch = model.base_model.switch
-    schedule = switch.schedules.get(name)
-    with torch.no_grad():
-        if state := _at(codec.MARK, tensors):
-            switch.shared[name].load_training_state(state)
-        if schedule is not None and "step" in tensors:
-            schedule.step, schedule.version = int(tensors["step"]), None
-            for path, adapter in schedule.adapters.items():
-                adapter.load_training_state(_at(path, tensors))
-
-
-def _at(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a training state holds of one part."""
-    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
+    if writes:
+        model_card(folder, model.active_peft_config)
 
 
 class Loader:
@@ -209,6 +186,13 @@ class Loader:
         if not new:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
+        with codec.whole(base, parts, write=True):
+            return self._fill(model, name, new, parts)
+
+    def _fill(
+        self, model: PeftModel, name: str, new: bool, parts: list[codec.Owned]
+    ) -> codec.LoadReport:
+        base = model.get_base_model()
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
         if not report.ok and not (self.key_mapping or self.training):
             report, found = self._aligned(base, parts) or (report, found)
@@ -262,7 +246,7 @@ class Loader:
             return None
         if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
             self.training = read_beside(self.source, "training", self.note)
-        state, own = _at(codec.MARK, self.training), shared.training_state()
+        state, own = of_part(codec.MARK, self.training), shared.training_state()
         if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
             raise FileError(
                 f"the training state in {self.source} is that of another config than this adapter "

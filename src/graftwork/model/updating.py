@@ -73,7 +73,8 @@ class Updating(nn.Module):
         root, rule = self.base_model, compat or ("peft" if POLICY.lenient else None)
         rank, sign, how = svd_rank, majority_sign_method, combination_type
         options = adapter_name, how, rank, energy, density, sign, rule
-        return combine(root.model, root.switch, adapters, weights, *options)
+        with root.switch.change(adapter_name):
+            return combine(root.model, root.switch, adapters, weights, *options)
 
     def to_lora(
         self,
@@ -100,7 +101,8 @@ class Updating(nn.Module):
         from ..updates.convert import to_lora
 
         root = self.base_model
-        return to_lora(root.model, root.switch, adapter_name, new_name, rank, energy)
+        with root.switch.change(new_name):
+            return to_lora(root.model, root.switch, adapter_name, new_name, rank, energy)
 
     def resize_adapter(
         self, adapter_name: str, rank: int | float | None = None, energy: float | None = None
@@ -115,13 +117,14 @@ class Updating(nn.Module):
         root = self.base_model
         if rank is None and energy is None:
             raise ValueError("give rank= or energy=")
-        active, new = root.switch.active, f"{adapter_name}-resized"
-        done = self.to_lora(adapter_name, new, rank, energy)
-        others = tuple(n for n in active if n != adapter_name)
-        root.switch.activate(others or (new,))
-        delete(root.model, root.switch, (adapter_name,))
-        root.rename_adapter(new, adapter_name)
-        root.switch.activate(active)
+        with root.switch.turns.change(None):
+            active, new = root.switch.active, f"{adapter_name}-resized"
+            done = self.to_lora(adapter_name, new, rank, energy)
+            others = tuple(n for n in active if n != adapter_name)
+            root.switch.activate(others or (new,))
+            delete(root.model, root.switch, (adapter_name,))
+            root.rename_adapter(new, adapter_name)
+            root.switch.activate(active)
         return done
 
     def hotswap_adapter(
@@ -173,7 +176,8 @@ def _swap(
     from . import functional
 
     switch = functional.switch_of(model)
-    return swap(functional.user_model(model), switch, name, config, tensors, where)
+    with switch.change(name):
+        return swap(functional.user_model(model), switch, name, config, tensors, where)
 
 
 def prepare_model_for_compiled_hotswap(

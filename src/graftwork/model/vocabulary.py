@@ -18,6 +18,8 @@ from ..engine.inject import switch_of
 from ..engine.switch import Switch
 from ..engine.ties import Tied
 from ..engine.tree import hosts, inside, mark, walk
+from ..errors import StateError
+from ..fast import shards
 from ..files import codec
 from ..parts.tokens import Tokens
 
@@ -40,17 +42,38 @@ def grown(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [f"{path}.weight" for path, module in walk(model) if id(inside(module)) in tables]
 
 
-def tensors_of(model: nn.Module, name: str, tensors: Collection[str]) -> dict[str, Tensor]:
-    """The base's embedding and output weights, but for those that ``tensors`` has."""
+def tensors_of(
+    model: nn.Module, name: str, tensors: Collection[str], values: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The base's embedding and output weights, but for those that ``tensors`` has.
+
+    Args:
+        model: the user's model.
+        name: the adapter's.
+        tensors: names that are there already.
+        values: the model's state dict, where its tensors had to be gathered from elsewhere.
+
+    Raises:
+        StateError: a weight is held in parts, and ``values`` lacks it.
+    """
+
+    def taken(key: str, weight: Tensor) -> Tensor:
+        given = (values or {}).get(key, weight)
+        if values is not None and (how := shards.split(given)):
+            raise StateError(f"{key} is {how}, and the state_dict that was given lacks it")
+        return shards.gather(key, given)
+
     wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
     found, targeted, out = hosts(model), _targeted(model, name), {}
     for path, module in walk(model):
         if id(inside(module)) not in wanted or f"{path}.weight" in tensors:
             continue
         if path in found:
-            out[f"{path}.base_layer.weight"] = found[path].pristine("weight").detach()
+            key = f"{path}.base_layer.weight"
+            out[key] = taken(key, found[path].pristine("weight")).detach()
         elif not targeted:
-            out[f"{path}.weight"] = inside(module).get_parameter("weight").detach()
+            key = f"{path}.weight"
+            out[key] = taken(key, inside(module).get_parameter("weight")).detach()
     return out
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.host import steady
 from ..errors import StateError, did_you_mean
+from ..fast.tensors import steady
 from .config import PromptConfig
 from .keys import Table
 from .prefix import PrefixTuningConfig
