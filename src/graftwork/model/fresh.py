@@ -24,7 +24,7 @@ def untrained_heads(model: nn.Module, names: tuple[str, ...]) -> str | None:
     known = {id(p): hasattr(p, KNOWN) for p in body.parameters()}
     if not any(known.values()):
         return None
-    ends = _resized(model)
+    ends = _ends(model)
     found: list[str] = []
     for path, module in _own(model, names):
         own = [p for p in inside(module)._parameters.values() if p is not None]
@@ -72,14 +72,13 @@ def _own(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]
     return left
 
 
-def _resized(model: Any) -> list[nn.Module]:
-    """The ends of the vocabulary, where they were made anew together, as for new tokens."""
+def _ends(model: Any) -> list[nn.Module]:
+    """The ends of the vocabulary, which new tokens make anew out of what was in the checkpoint."""
     ends = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
             end = getattr(model, name)()
         except (AttributeError, NotImplementedError):
-            return []
+            continue
         ends += [inside(end)] if isinstance(end, nn.Module) else []
-    marked = [hasattr(p, KNOWN) for p in ends[0].parameters(recurse=False)] if ends else []
-    return ends if not any(marked) else ends[:1]
+    return ends

@@ -81,8 +81,10 @@ class Step:
             return
         self.inside, self.forwards = True, self.forwards + 1
         self.scaled = self.scaled or _half(self.model)
-        noted = {id(m): m for m in (*self.hosts.values(), *(p for p, _ in self.parents.values()))}
-        for module in noted.values():
+        around = [module for module, _ in self.parents.values()]
+        for module in {
+            id(m): m for m in (*(self.hosts[path] for path in self.parents), *around)
+        }.values():
             self.handles.append(module.register_forward_pre_hook(self._note))
         _READ.append(self.read)
         NAMES["weight"] = _reading
