@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 class GraftworkError(Exception):
@@ -38,9 +39,27 @@ class PeftWarning(UserWarning):
 
 @dataclass
 class Policy:
-    """What happens where PEFT only warns; ``as_peft()`` turns errors into warnings here."""
+    """What happens where PEFT only warns; ``as_peft()`` turns errors into warnings here.
+
+    Args:
+        lenient: whether errors are warnings.
+        effect: what comes of a first training step that shows an adapter without effect: "error",
+            "warn", or "off", which does not look; by default what GRAFTWORK_EFFECT says.
+
+    Raises:
+        ValueError: GRAFTWORK_EFFECT says something else.
+    """
 
     lenient: bool = False
+    effect: str = field(default_factory=lambda: os.environ.get("GRAFTWORK_EFFECT", "error"))
+
+    def __post_init__(self) -> None:
+        if self.effect not in ("error", "warn", "off"):
+            raise ValueError(f"GRAFTWORK_EFFECT={self.effect!r} is none of error, warn and off")
+
+    def raises(self) -> bool:
+        """Whether an adapter without effect is an error."""
+        return self.effect == "error" and not self.lenient
 
 
 POLICY = Policy()

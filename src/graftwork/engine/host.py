@@ -25,6 +25,8 @@ from .switch import BASE, Switch
 
 # PEFT's names of things on a layer: attribute -> its value for a host; see model/layer.py
 NAMES: dict[str, Callable[[Host], Any]] = {}
+# asked before what merging would write counts: of a host, adapters, values; see model/probe.py
+PROBES: list[Callable[[Host, tuple[str, ...], dict[str, Tensor]], None]] = []
 
 
 class Host(nn.Module):
@@ -190,6 +192,8 @@ class Host(nn.Module):
                     )
                 parameter = isinstance(old, nn.Parameter)
                 new[key] = nn.Parameter(value, requires_grad=False) if parameter else value
+            for probe in PROBES if names else ():
+                probe(self, names, new)
         return new
 
     def commit(self, names: tuple[str, ...], new: dict[str, Tensor], keep: bool | str) -> None:

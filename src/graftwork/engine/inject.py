@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from .site import ParameterSite, kind_of
 from .switch import BASE, Switch
 from .ties import Tied
 from .tree import hosts, inside, parameters, parts, put, walk
+
+WATCHES: list[Callable[[nn.Module, Switch, bool], None]] = []  # see model/canary.py
 
 
 @dataclass
@@ -53,8 +56,7 @@ def inject(
         model: the user's model, with or without adapters.
         config: the method and where it goes; a copy of it is kept.
         name: the adapter's name.
-        switch: that of a model whose last adapter was deleted; by default the model's, or a new
-            one.
+        switch: that of a model whose last adapter was deleted; else the model's, or a new one.
         start: fill the tensors with the method's starting values; False where a file follows.
         autocast: tensors are fp32 where the base is fp16 or bf16.
         meta: leave the tensors on the meta device.
@@ -87,7 +89,14 @@ def inject(
         switch.flags.write((name,), trains, partial(parts, model))
         _follow(switch, name, config, built)
         config.attached(model, switch)
+        changed(model, switch, trains)
         return switch
+
+
+def changed(model: nn.Module, switch: Switch, trains: bool) -> None:
+    """Tell whoever watches: an adapter is there, to be trained or not, or the last one is gone."""
+    for watch in WATCHES:
+        watch(model, switch, trains)
 
 
 def switch_of(model: nn.Module) -> Switch | None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig, TargetConfig
-from ..errors import StateError, TrainingError, warn
+from ..errors import StateError, warn
 from ..fast import choose
 from ..fast.rows import tensors_in
 from ..fast.turns import alone, ordered
@@ -139,25 +139,7 @@ class Grafted(nn.Module):
             outputs = add_to_loss(outputs, followed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
-            if learning:
-                self._check_learning(switch, outputs)
         return outputs
-
-    def _check_learning(self, switch: Switch, outputs: Any) -> None:
-        floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
-        if not floats or any(t.requires_grad for t in floats) or switch.merged:
-            return
-        parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
-        if any(part.absent for part in parts):
-            return  # left out on purpose: there may be nothing to learn in this forward
-        if any(tensor.requires_grad for part in parts for tensor in part.parameters()):
-            raise TrainingError(
-                "no gradient reaches the adapters: the outputs do not depend on any trainable "
-                "tensor. With reentrant gradient checkpointing, call "
-                "model.enable_input_require_grads() or pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise look for '
-                "torch.no_grad() in the model"
-            )
 
     def rows(self, names: Sequence[str], inputs: Any = ()) -> tuple[str, ...]:
         """``names`` checked against the adapters and the batch."""
@@ -359,6 +341,7 @@ class Grafted(nn.Module):
         for config in self.switch.configs.values():
             config.detached(self.model, self.switch)
         self.switch.flags.forget()
+        injection.changed(self.model, self.switch, False)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -407,3 +390,4 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
                 put(model, path, module.base_layer)
         if not switch.configs:
             replicas.restore(model)
+            injection.changed(model, switch, False)

@@ -52,6 +52,7 @@ class Switch:
         self.before_merge: tuple[str, ...] = ()  # what was active before
         self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
         self.flags = Flags()  # which adapters train
+        self.proven: dict[str, PeftConfig] = {}  # the adapters that were seen to learn
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())

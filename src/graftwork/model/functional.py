@@ -21,6 +21,7 @@ from ..files.folder import read_tensors
 from ..files.hub import Source
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
+from . import canary as _canary  # noqa: F401 - watches trainings
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
 from . import vocabulary
 

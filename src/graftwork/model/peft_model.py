@@ -18,6 +18,8 @@ from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
 from ..fast.shards import gathers, rank
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from .canary import arm
+from .merging import Merging
 from .report import Reports
 from .updating import Updating
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from ..files.codec import LoadReport
 
 
-class PeftModel(Reports, Updating):
+class PeftModel(Reports, Merging, Updating):
     """A model with adapters.
 
     Args:
@@ -198,6 +200,8 @@ class PeftModel(Reports, Updating):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active, the lowest first; unless ``inference_mode``, they alone train."""
         self.base_model.set_adapter(adapter_name, inference_mode)
+        if not inference_mode:
+            arm(self.base_model.model, self.base_model.switch)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters."""

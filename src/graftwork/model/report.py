@@ -15,6 +15,7 @@ from ..engine.root import Grafted
 from ..engine.tree import mark
 from ..fast import plan
 from ..fast.shards import split
+from .canary import unused_sites
 
 if TYPE_CHECKING:
     from .effect import Effect
@@ -311,6 +312,12 @@ class Reports(nn.Module):
         from .effect import assert_effective
 
         return assert_effective(self, args, kwargs)
+
+    def unused_sites(self) -> list[str]:
+        """Places of adapters whose layers have not run since their training began, such as experts
+        that no token chose; empty before it.
+        """
+        return unused_sites(self.base_model.model)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; shared tensors count once."""
