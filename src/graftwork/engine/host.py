@@ -171,6 +171,7 @@ class Host(nn.Module):
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
+        self.need_originals()
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")

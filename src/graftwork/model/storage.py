@@ -20,6 +20,7 @@ from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
+from . import resuming
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def save(
         )
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name), "start": start}
+        beside = {"training": resuming.training_state(model, name), "start": start}
         write(target, config, tensors, note, beside)
         for inner, (own, values) in config.folders(model.get_base_model(), name).items():
             if name == "default" and inner in names:
@@ -103,42 +104,6 @@ def save(
                 )
             write(target / inner, own, values, note, {})
     model_card(folder, model.active_peft_config)
-
-
-def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """What a resumed training needs beyond the adapter's own file: what its parts share that is not
-    there, and the state of its schedule.
-    """
-    switch = model.base_model.switch
-    schedule, shared = switch.schedules.get(name), switch.shared.get(name)
-    state = {} if shared is None else shared.training_state()
-    out = {f"{codec.MARK}:{key}": tensor.detach() for key, tensor in state.items()}
-    if schedule is None or schedule.first() is None:
-        return out
-    out["step"] = torch.tensor(schedule.step)
-    for path, adapter in schedule.adapters.items():
-        out.update(
-            {f"{path}:{key}": tensor.detach() for key, tensor in adapter.training_state().items()}
-        )
-    return out
-
-
-def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Take back what ``training_state`` gave."""
-    switch = model.base_model.switch
-    schedule = switch.schedules.get(name)
-    with torch.no_grad():
-        if state := _at(codec.MARK, tensors):
-            switch.shared[name].load_training_state(state)
-        if schedule is not None and "step" in tensors:
-            schedule.step, schedule.version = int(tensors["step"]), None
-            for path, adapter in schedule.adapters.items():
-                adapter.load_training_state(_at(path, tensors))
-
-
-def _at(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a training state holds of one part."""
-    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
 
 
 class Loader:
@@ -205,6 +170,8 @@ class Loader:
         """Fill an adapter that is in place; nothing is changed where the file does not fit."""
         base = model.get_base_model()
         if not new:
+            if name in model.base_model.merged():
+                raise StateError(f"{name!r} is merged: unmerge_adapter() before it is loaded anew")
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
         report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
@@ -212,6 +179,7 @@ class Loader:
             report, found = self._aligned(base, parts) or (report, found)
         codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
+        resuming.check(model, name, self.training, str(self.source))
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
         if report.missing and new:
             _start_missing(base, name, parts, found)
@@ -222,7 +190,7 @@ class Loader:
         ranked = hasattr(self.file_config, "rank_pattern")
         if not new and ranked and self.config.has_schedule():
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
-        load_training_state(model, name, self.training)
+        resuming.load_training_state(model, name, self.training)
         if self.training and ranked:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         self._check_base(base)
@@ -260,13 +228,9 @@ class Loader:
             return None
         if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
             self.training = read_beside(self.source, "training", self.note)
-        state, own = _at(codec.MARK, self.training), shared.training_state()
-        if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
-            raise FileError(
-                f"the training state in {self.source} is that of another config than this adapter "
-                f"has: {sorted(state)} there, {sorted(own)} here, or of other shapes; load it with "
-                "the config that it was saved with"
-            )
+        state = resuming.at(codec.MARK, self.training)
+        if state:
+            resuming.need_alike(state, shared.training_state(), str(self.source))
         return shared if state else None
 
     def _hint(self, base: nn.Module) -> str:
