@@ -57,8 +57,9 @@ def verify(
     model: Any, reference: Reference, raw: Mapping[str, Mapping[str, Tensor]], tolerance: float
 ) -> None:
     """Compare all that can be seen of a model with what the reference says."""
-    hooks = [n for n, m in model.named_modules() for h in HOOKS if getattr(m, h)]
-    need(not hooks, f"hooks at {hooks}")
+    hooks = {n for n, m in model.named_modules() for h in HOOKS if getattr(m, h)}
+    prompts = any(record.prompt for record in reference.adapters.values())
+    need(hooks == {FRONT.strip(".")} if prompts else not hooks, f"hooks at {hooks}")
     modes = {m.training for m in model.modules()}
     need(modes == {reference.training}, f"training is {modes}, not {reference.training}")
     if reference.wrapped:

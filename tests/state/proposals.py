@@ -27,6 +27,8 @@ def propose(drawn: random.Random, world: World) -> Op:
             return ("attach_saved", *drawn.choice(files), name(drawn, world, 0), coin(drawn))
         return ("attach", drawn.choice(list(ZOO)), name(drawn, world, 0), coin(drawn, 0.1))
     kind = drawn.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+    if reference.merged and coin(drawn, 0.2):  # while it lasts, much is refused
+        kind = "unmerge"
     if kind in ("add", "load", "combine") and len(reference.adapters) >= MOST:
         kind = "delete"
     return PROPOSALS[kind](drawn, world)

@@ -63,7 +63,12 @@ class Record:
             path, _, rest = key.partition(".")
             if path in PATHS:
                 found.setdefault(path, dict(common))[rest] = tensor
-        return found
+        return {"embed": {}} if self.prompt else found
+
+    @property
+    def prompt(self) -> bool:
+        """Whether it is rows in front of the tokens, at the embedding."""
+        return bool(self.config.is_prompt_learning)
 
     def fits(self, file: Record, trainable: bool) -> bool:
         """Whether a file's tensors can take the place of this adapter's."""
@@ -196,6 +201,10 @@ class Reference:
                 raise Refused("keep=False")
             else:
                 found |= self.place(path, mine, values or self.adapters)
+        every = [(values or self.adapters)[n] for n in names]
+        rows = [record.tensors["prompt_embeddings"] for record in every if record.prompt]
+        if rows:
+            found["rows"] = torch.cat(rows).to(self.dtype)
         return found
 
     def output(self, names: Sequence[str] | None = None) -> Tensor:
@@ -205,7 +214,10 @@ class Reference:
 
     def run(self, weights: dict[str, Tensor]) -> Tensor:
         """The output with dense weights."""
-        return functional_call(self.net, weights, IDS)  # type: ignore[no-any-return]
+        x = weights["embed.weight"][IDS]
+        if (rows := weights.pop("rows", None)) is not None:
+            x = torch.cat([rows.expand(len(x), -1, -1), x], dim=1)
+        return functional_call(self.net, weights, kwargs={"inputs_embeds": x})  # type: ignore[no-any-return]
 
     # -- operations
 
@@ -272,6 +284,7 @@ class Reference:
         every = self.merged + new
         self.together(every)
         why = ["keep=False"] * bool(self.merged and not self.kept)
+        why += ["cannot be merged into"] * any(self.adapters[n].prompt for n in every)
         written = {p: self.place(p, h, self.adapters) for p in PATHS if (h := self.here(p, every))}
         if any(f"{path}.bias" not in self.base for path in written if path == "down_proj"):
             biased = written["down_proj"].get("down_proj.bias")
@@ -309,17 +322,30 @@ class Reference:
             record.config, record.inference = file.config, True
 
     def combined(
-        self, names: Sequence[str], weights: Sequence[float], new: str
+        self, names: Sequence[str], weights: Sequence[float], new: str, how: str
     ) -> dict[str, Tensor]:
         """``add_weighted_adapter``: what the dense weights with the new adapter alone must be."""
         self.known(names)
+        every = [self.adapters[n] for n in names]
         matrices = [n for n in names for p in self.adapters[n].at if not self.whole(n, p)]
         why = ["cannot be an adapter's name"] * (new in NO_NAME)
         why += ["there is an adapter"] * (new in self.adapters)
-        why += ["no LoRA in it"] * (not matrices) + ["adapters are merged"] * bool(self.merged)
+        why += ["adapters are merged"] * bool(self.merged)
+        kinds, sizes = ({r.prompt for r in every}, {r.config.n for r in every if r.prompt})
+        if len(kinds) > 1:
+            why += ["consist of different things"]
+        elif True in kinds:
+            why += ["have no meaning with 'cat'"] * (how == "cat" and set(weights) != {1})
+            why += ["prompts of one length"] * (how == "linear" and len(sizes) > 1)
+        elif not matrices:
+            why += ["no LoRA in it"]
         if why:
             raise Refused("|".join(why))
         base = {k: t.to(self.dtype) for k, t in self.base.items()}
+        if True in kinds:
+            rows = [r.tensors["prompt_embeddings"].to(self.dtype) for r in every]
+            scaled = [w * row for w, row in zip(weights, rows, strict=True)]
+            return {"rows": torch.cat(rows) if how == "cat" else sum(scaled, rows[0] * 0)}
         total = dict(base)
         for name, weight in zip(names, weights, strict=True):
             for path in self.adapters[name].at:

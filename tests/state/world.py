@@ -198,7 +198,7 @@ class World:
         real = lambda: self.model.delete_adapter(one(names))  # noqa: E731
         mine = [p for n in set(names) for p in self.parameters(n)]
         if self.both(lambda: self.reference.delete(names), real):
-            self.gone += [weakref.ref(p) for p in mine]
+            self.gone = [weakref.ref(p) for p in mine]
             self.raw = {n: t for n, t in self.raw.items() if n not in names}
 
     def merge(self, names: list[str] | None, keep: Any) -> None:
@@ -233,7 +233,7 @@ class World:
         total: dict[str, Tensor] = {}
 
         def expected() -> None:
-            total.update(self.reference.combined(names, weights, new))
+            total.update(self.reference.combined(names, weights, new, how))
 
         real = lambda: self.model.add_weighted_adapter(names, weights, new, how)  # noqa: E731
         if not self.both(expected, real):
@@ -242,7 +242,9 @@ class World:
         self.reference.enter(new, Record("combined", config, inference=True))
         self.adopt(new, fresh=True)
         record = self.reference.adapters[new]
-        for path in PATHS:
+        if record.prompt:
+            self.near(record.tensors["prompt_embeddings"], total["rows"], "the combined rows")
+        for path in () if record.prompt else PATHS:
             mine = self.reference.place(path, (new,) if path in record.at else (), {new: record})
             for key, value in mine.items():
                 want = total.get(key, torch.zeros_like(value))
@@ -408,6 +410,8 @@ class World:
                 tensors[key] = real.detach().clone()
 
     def verify(self) -> None:
+        need(not any(gone() is not None for gone in self.gone), "deleted tensors are still there")
+        self.gone = []
         verify(self.model, self.reference, self.raw, self.tolerance)
         if not self.reference.wrapped and self.modules:
             now = {n: id(m) for n, m in self.model.named_modules()}

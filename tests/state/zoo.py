@@ -14,7 +14,9 @@ IDS = torch.tensor([[1, 3, 3], [0, 7, 2], [4, 5, 1], [6, 2, 5]])
 
 
 class Net(nn.Module):
-    """An embedding, a gated block whose first two layers share their input, a norm, a head."""
+    """An embedding, the mean over the tokens, a gated block whose first two layers share their
+    input, a norm, a head; outputs of the last three tokens.
+    """
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__()
@@ -23,8 +25,16 @@ class Net(nn.Module):
         self.down_proj = nn.Linear(4, 6, bias=bias)
         self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 8)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        there = torch.ones_like(x[..., :1]) if attention_mask is None else attention_mask[..., None]
+        x = x + (x * there).sum(1, keepdim=True) / there.sum(1, keepdim=True)
+        x = x[:, -IDS.shape[1] :]
         x = x + self.down_proj(torch.tanh(self.q_proj(x)) * self.k_proj(x))
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
@@ -37,6 +47,7 @@ def kind(config: Callable[..., Any], targets: list[str], **options: Any) -> Call
     return lambda: config(target_modules=list(targets), **options)
 
 
+PROMPT: Any = {"token_dim": 6, "num_layers": 1, "num_attention_heads": 1}
 # label -> config; two labels differ in more than values, so neither's file fits the other
 ZOO: dict[str, Callable[[], Any]] = {
     "lora": kind(gw.LoraConfig, THREE, r=2, lora_alpha=3),
@@ -64,6 +75,8 @@ ZOO: dict[str, Callable[[], Any]] = {
     "miss": kind(gw.MissConfig, THREE, r=2),
     "hira": kind(gw.HiraConfig, ["q_proj", "k_proj"], r=2),
     "road": kind(gw.RoadConfig, ["q_proj", "down_proj"], group_size=2),
+    "prompt": lambda: gw.PromptTuningConfig(num_virtual_tokens=2, **PROMPT),
+    "prompt_longer": lambda: gw.PromptTuningConfig(num_virtual_tokens=3, **PROMPT),
     "ln_tuning": kind(gw.LNTuningConfig, ["norm"]),
     "tokens": kind(gw.TrainableTokensConfig, ["embed"], token_indices=[0, 3]),
 }

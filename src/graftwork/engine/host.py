@@ -40,6 +40,7 @@ class Host(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.originals: dict[str, Tensor] = {}  # the untouched parameters, while merged
         self.kept = True  # False: merged for good, the originals are gone
+        self.stacks = Kept()  # of mixed batches
         self.train(layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -328,7 +329,6 @@ class LayerHost(Host):
         if kind is None:
             raise TypeError(f"{path} is a {type(layer).__name__}, which is no known weighted layer")
         self.site = kind(self)
-        self.stacks = Kept()
 
     def site_of(self, key: str) -> Site | None:
         return self.site

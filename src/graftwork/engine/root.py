@@ -261,8 +261,7 @@ class Grafted(nn.Module):
             tables.append(host.adapters._modules)
             host.merged_adapters = named(host.merged_adapters)
         for table in tables:  # in place, and in the same order
-            values = list(table.values())
-            kept = dict(zip(named(table), values, strict=True))
+            kept = dict(zip(named(table), table.values(), strict=True))
             table.clear()
             table.update(kept)
         switch.flags.rename(old, new)
@@ -378,6 +377,7 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
     for host in every.values():
         for name in host.present(tuple(names)):
             del host.adapters[name]
+            host.stacks.results.clear()
     for name in names:
         config = switch.configs.pop(name)
         switch.schedules.pop(name, None)
