@@ -43,6 +43,7 @@ class Host(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.originals: dict[str, Tensor] = {}  # the untouched parameters, while merged
         self.kept = True  # False: merged for good, the originals are gone
+        self.stacks = Kept()  # of mixed batches
         self.train(layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,6 +176,7 @@ class Host(nn.Module):
         names = self.present(names)
         if names and (how := parts_in([self.base_layer, *self.parts(names)])):
             raise in_parts(self.path, how, "merged")
+        self.need_originals()
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")
@@ -305,7 +307,6 @@ class LayerHost(Host):
         if kind is None:
             raise TypeError(f"{path} is a {type(layer).__name__}, which is no known weighted layer")
         self.site = kind(self)
-        self.stacks = Kept()
 
     def site_of(self, key: str) -> Site | None:
         return self.site

@@ -78,7 +78,7 @@ def inject(
             built = build(model, slots, config, switch, start=start, autocast=autocast)
         _warn_of_high_rank(built)
         if first:
-            switch.trainable = frozenset(trainable)
+            switch.trainable |= frozenset(trainable)
             model.requires_grad_(False)
         _place(model, name, built, meta)
         switch.take(name, config)

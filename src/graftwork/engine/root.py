@@ -169,8 +169,8 @@ class Grafted(nn.Module):
             rows: one adapter name for each row of the batch instead.
             **context: values for methods that route by them.
         """
-        switch = self.switch
-        with switch.call(switch.check(names), None if rows is None else self.rows(rows), **context):
+        own = None if rows is None else self.rows(rows)
+        with self.switch.call(self.together(names), own, **context):
             yield
 
     # -- adapters
@@ -194,28 +194,30 @@ class Grafted(nn.Module):
 
     @ordered
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters active, the lowest first; they alone are trainable, unless
-        ``inference_mode``.
+        """Make adapters active, the lowest first; unless ``inference_mode``, they alone train.
 
         Raises:
             StateError: a name is unknown, or two of them replace the same module.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        switch = self.switch
-        switch.check(names)
-        every = self.hosts().values() if len(names) > 1 and switch.flags.hide(names) else ()
+        names, switch = self.together(adapter_name), self.switch
+        switch.activate(names)
+        switch.before_merge = names
+        switch.flags.choose(names, not inference_mode, partial(parts, self.model))
+
+    def together(self, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+        """Adapters' names where each of them has an effect beside the others."""
+        names, flags = self.switch.check(adapter_names), self.switch.flags
+        every = self.hosts().values() if len(names) > 1 and flags.hide(names) else ()
         if reason := next(filter(None, (host.hidden(names) for host in every)), None):
             raise StateError(f"these adapters cannot be active together: {reason}; leave one out")
-        switch.activate(names)
-        switch.flags.choose(names, not inference_mode, partial(parts, self.model))
+        return names
 
     @ordered
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Freeze or unfreeze adapters, whether active or not."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.switch.check(names)
+        names = self.switch.check(adapter_names)
         self.switch.flags.write(names, requires_grad, partial(parts, self.model))
 
     def enable_adapter_layers(self) -> None:
@@ -228,8 +230,7 @@ class Grafted(nn.Module):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters; layers without any other get back their place in the model."""
-        names = (adapter_name,) if isinstance(adapter_name, str) else adapter_name
-        delete(self.model, self.switch, names)
+        delete(self.model, self.switch, self.switch.check(adapter_name))
 
     @alone
     def rename_adapter(self, old: str, new: str) -> None:
@@ -246,8 +247,7 @@ class Grafted(nn.Module):
             tables.append(host.adapters._modules)
             host.merged_adapters = named(host.merged_adapters)
         for table in tables:  # in place, and in the same order
-            values = list(table.values())
-            kept = dict(zip(named(table), values, strict=True))
+            kept = dict(zip(named(table), table.values(), strict=True))
             table.clear()
             table.update(kept)
         switch.flags.rename(old, new)
@@ -278,12 +278,11 @@ class Grafted(nn.Module):
             MergeError: an update is not finite, or a layer has no place for it.
         """
         switch, every = self.switch, list(self.hosts().values())
-        wanted = switch.check(tuple(adapter_names) if adapter_names else switch.active)
-        new = tuple(n for n in wanted if n not in switch.merged)
-        if not new:
+        wanted = switch.check(adapter_names or switch.active)
+        names = self.together(switch.merged + wanted)
+        if names == switch.merged:
             why = f"{list(wanted)} are merged already" if wanted else "no adapter is active"
             return warn(f"{why}; nothing to merge")
-        names = switch.merged + new
         if keep:
             prepared = [(host, host.prepare(names)) for host in every]
         else:  # twice, so that no second copy of the model is ever held
@@ -317,7 +316,7 @@ class Grafted(nn.Module):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Write adapters into the weights for good, and give back the plain model."""
-        if not self.merged().issuperset(adapter_names or self.switch.active):
+        if not self.merged().issuperset(self.switch.check(adapter_names or self.switch.active)):
             self.merge_adapter(adapter_names, keep=False)
         return self._bare()
 
@@ -371,6 +370,7 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
         for host in every.values():
             for name in host.present(tuple(names)):
                 del host.adapters[name]
+                host.stacks.results.clear()
         for name in names:
             config = switch.configs.pop(name)
             switch.schedules.pop(name, None)
@@ -385,6 +385,9 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
                 left, not switch.configs[left[0]].inference_mode, partial(parts, model)
             )
         switch.activate(left)
+        if not switch.configs.keys() >= set(switch.before_merge):
+            kept = tuple(n for n in switch.before_merge if n in switch.configs)
+            switch.before_merge = kept or left
         for path, module in list(walk(model)):
             if isinstance(module, Host) and not len(module.adapters):
                 put(model, path, module.base_layer)

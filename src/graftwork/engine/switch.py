@@ -9,7 +9,7 @@ carry a hook that names their call to the recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,9 @@ class Switch:
         """
         return self.turns.change(None if self.flags.reading else names)
 
-    def check(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """``names`` where all are adapters of this model."""
+    def check(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """``names``, each once, where all are adapters of this model."""
+        names = tuple(dict.fromkeys((names,) if isinstance(names, str) else names))
         for name in names:
             if name not in self.configs:
                 raise StateError(

@@ -238,5 +238,6 @@ def using(
 
 def set_requires_grad(model: nn.Module, adapter_names: Any, requires_grad: bool = True) -> None:
     """Freeze or unfreeze adapters of a model with injected adapters."""
+    names = switch_of(model).check(adapter_names)
     for host in hosts(user_model(model)).values():
-        host.set_requires_grad(adapter_names, requires_grad)
+        host.set_requires_grad(names, requires_grad)

@@ -65,8 +65,8 @@ def set_adapter(
     host: Host, adapter_names: str | Sequence[str], inference_mode: bool = False
 ) -> None:
     """Make adapters active in the whole model, and trainable here unless ``inference_mode``."""
-    names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-    host.switch.activate(host.switch.check(names))
+    names = host.switch.check(adapter_names)
+    host.switch.activate(names)
     for name in host.adapters:
         host.set_requires_grad(name, name in names and not inference_mode)
 
@@ -88,8 +88,8 @@ def delete_adapter(host: Host, adapter_name: str) -> None:
 @verb
 def merge(host: Host, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
     """Write adapters into this layer's weight; it is always checked to be finite."""
-    wanted = tuple(adapter_names) if adapter_names else host.switch.active
-    names = tuple(dict.fromkeys(host.merged_adapters + host.switch.check(wanted)))
+    wanted = host.switch.check(adapter_names or host.switch.active)
+    names = host.switch.check(host.merged_adapters + wanted)
     host.commit(names, host.prepare(names), True)
 
 

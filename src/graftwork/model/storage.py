@@ -21,9 +21,8 @@ from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
-from . import vocabulary
+from . import resuming, vocabulary
 from .functional import get_peft_model_state_dict, within
-from .resuming import load_training_state, of_part, training_state
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -101,7 +100,7 @@ def save(
         )
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name, given), "start": start}
+        beside = {"training": resuming.training_state(model, name, given), "start": start}
         folders = {
             inner: (own, {key: gather(key, value) for key, value in values.items()})
             for inner, (own, values) in config.folders(model.get_base_model(), name).items()
@@ -184,6 +183,8 @@ class Loader:
         """Fill an adapter that is in place; nothing is changed where the file does not fit."""
         base = model.get_base_model()
         if not new:
+            if name in model.base_model.merged():
+                raise StateError(f"{name!r} is merged: unmerge_adapter() before it is loaded anew")
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
         with codec.whole(base, parts, write=True):
@@ -198,6 +199,7 @@ class Loader:
             report, found = self._aligned(base, parts) or (report, found)
         codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
+        resuming.check(model, name, self.training, str(self.source))
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
         if report.missing and new:
             _start_missing(base, name, parts, found)
@@ -208,7 +210,7 @@ class Loader:
         ranked = hasattr(self.file_config, "rank_pattern")
         if not new and ranked and self.config.has_schedule():
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
-        load_training_state(model, name, self.training)
+        resuming.load_training_state(model, name, self.training)
         if self.training and ranked:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
         self._check_base(base)
@@ -246,13 +248,8 @@ class Loader:
             return None
         if not new and not self.training:  # the adapter in place trains, so it needs what it lacks
             self.training = read_beside(self.source, "training", self.note)
-        state, own = of_part(codec.MARK, self.training), shared.training_state()
-        if state and {k: t.shape for k, t in state.items()} != {k: t.shape for k, t in own.items()}:
-            raise FileError(
-                f"the training state in {self.source} is that of another config than this adapter "
-                f"has: {sorted(state)} there, {sorted(own)} here, or of other shapes; load it with "
-                "the config that it was saved with"
-            )
+        if state := resuming.of_part(codec.MARK, self.training):
+            resuming.need_alike(state, shared.training_state(), str(self.source))
         return shared if state else None
 
     def _hint(self, base: nn.Module) -> str:
