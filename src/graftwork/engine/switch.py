@@ -23,11 +23,10 @@ from ..fast import choose
 from ..fast.flags import Flags
 from ..fast.grouped import FEW, Batches, Rows
 from ..fast.rows import expand, tensors_in
+from ..targets.names import BASE as BASE
 
 if TYPE_CHECKING:
     from .schedule import Schedule
-
-BASE = "__base__"  # a row of a mixed batch that no adapter touches
 
 
 class _Calls(threading.local):

@@ -215,7 +215,7 @@ def set_peft_model_state_dict(
     tensors = dict(peft_model_state_dict)
     report, found = codec.compare(inner, parts, tensors)
     if ignore_mismatched_sizes and report.reshaped:
-        bad = {line.partition(":")[0] for line in report.reshaped}
+        bad = {line.rpartition(": (")[0] for line in report.reshaped}
         found = {plain: key for plain, key in found.items() if key not in bad}
         report.reshaped = []
     codec.judge(report, "the state dict", strict == "error")

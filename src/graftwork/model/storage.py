@@ -19,7 +19,9 @@ from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
+from ..files.places import places
 from ..updates.hotswap import refresh
+from ..updates.plain import as_plain_lora
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def save(
     if compat == "peft":  # before anything is written
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
+    base, configs = model.get_base_model(), model.peft_config
+    targets = places(folder, {name: configs[name].folders(base, name) for name in names})
     note = {"identity": identity.identity(model.get_base_model())}
     for name in names:
         config = model.peft_config[name]
@@ -91,16 +95,11 @@ def save(
         config.base_model_name_or_path = (
             config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
         )
-        target = folder if name == "default" else folder / name
+        target = targets[name]
         start = {} if plain else starts.state(model.get_base_model(), name)
         beside = {"training": training_state(model, name), "start": start}
         write(target, config, tensors, note, beside)
         for inner, (own, values) in config.folders(model.get_base_model(), name).items():
-            if name == "default" and inner in names:
-                raise StateError(
-                    f"the folder {inner!r} would hold both the adapter of that name and a part of "
-                    "'default'; rename_adapter() the former, or save them apart"
-                )
             write(target / inner, own, values, note, {})
     model_card(folder, model.active_peft_config)
 
@@ -138,7 +137,8 @@ def load_training_state(model: PeftModel, name: str, tensors: Mapping[str, Tenso
 
 def _at(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a training state holds of one part."""
-    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
+    own = ((k.rpartition(":"), tensor) for k, tensor in tensors.items())  # a path may have one too
+    return {key: tensor for (front, _, key), tensor in own if front == path}
 
 
 class Loader:
@@ -325,36 +325,6 @@ def _start_missing(
             if id(part) in lacking and site is not None:
                 with torch.no_grad():
                     part.start(site)
-
-
-def as_plain_lora(
-    base: nn.Module, config: PeftConfig, name: str, tensors: dict[str, Tensor]
-) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """A LoRA minus its start, as a plain one: B A - B0 A0 = [B, -B0] [A; A0]."""
-    if config.method != "LORA" or getattr(config, "variant", None):
-        raise ValueError(
-            "only a LoRA can be written as a plain LoRA; leave "
-            "path_initial_model_for_weight_conversion out"
-        )
-    double, out = copy(config), dict(tensors)
-    for o in codec.owned(base, name):
-        a0, b0 = getattr(o.part, "A0", None), getattr(o.part, "B0", None)
-        if a0 is None or b0 is None:
-            continue
-        keys = [codec.PREFIX + o.front + o.part.keys[k] for k in ("A", "B")]
-        if len(a0) != len(tensors[keys[0]]):
-            raise ValueError(
-                f"{name!r} takes away a start of full rank (LoftQ), so it is no plain LoRA of "
-                "twice the rank; use save_as_lora, or merge it"
-            )
-        out[keys[0]] = torch.cat([tensors[keys[0]], a0], dim=0)
-        out[keys[1]] = torch.cat([tensors[keys[1]], -b0], dim=1)
-    factor = 2**0.5 if double.use_rslora else 2  # type: ignore[attr-defined]
-    double.r, double.lora_alpha = double.r * 2, double.lora_alpha * factor  # type: ignore[attr-defined]
-    double.rank_pattern = {k: v * 2 for k, v in (double.rank_pattern or {}).items()}  # type: ignore[attr-defined]
-    double.alpha_pattern = {k: v * factor for k, v in (double.alpha_pattern or {}).items()}  # type: ignore[attr-defined]
-    double.init_lora_weights = True  # type: ignore[attr-defined]
-    return double, out
 
 
 def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
