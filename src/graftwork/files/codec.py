@@ -17,6 +17,7 @@ from ..engine.host import Host
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, FileError, warn
 from ..fast.tensors import materialise
+from .align import beside
 
 PREFIX = "base_model.model."
 ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
@@ -194,6 +195,9 @@ def judge(
     if report.ok:
         return
     text = f"{where} does not fit this adapter and model{hint()}:\n{report}"
+    missing = [name.removeprefix(PREFIX) for name in report.missing]
+    if sides := beside([name.removeprefix(PREFIX) for name in report.unexpected], missing):
+        text += f"\nThe names that differ, numbers as *:\n{sides}"
     if strict and not POLICY.lenient:
         raise FileError(f"{text}\nNothing was loaded. To load what fits, pass strict='warn'.")
     if report.reshaped:
