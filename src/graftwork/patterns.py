@@ -15,6 +15,11 @@ def ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
+def exact(path: str) -> str:
+    """A pattern for a path: as it is, as PEFT writes it, where its characters mean themselves."""
+    return path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
+
+
 def pattern_matches(key: str, path: str, parameter: str = "weight") -> bool:
     """PEFT's rule for rank_pattern and its kin: a regex for the end of a path."""
     full = ending(key)

@@ -16,6 +16,7 @@ from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
 from ..fast.shards import in_parts, parts_in, sharding
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
+from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
 from ..targets.replicas import replicated
@@ -24,7 +25,7 @@ from .host import Host, LayerHost
 from .module import ModuleHost
 from .schedule import Schedule
 from .site import ParameterSite, kind_of
-from .switch import BASE, Switch
+from .switch import Switch
 from .ties import Tied
 from .tree import hosts, inside, parameters, parts, put, walk
 
@@ -111,23 +112,6 @@ def _need_unmerged(model: nn.Module) -> None:
         )
 
 
-def check_name(name: str, taken: Any) -> None:
-    """Refuse a name that cannot be an adapter's.
-
-    Raises:
-        StateError: the name is empty, has a dot, is reserved, or is taken.
-    """
-    if not isinstance(name, str) or not name or "." in name or name == BASE:
-        raise StateError(
-            f"{name!r} cannot be an adapter's name: give one without a dot, such as 'default'"
-        )
-    if name in taken:
-        raise StateError(
-            f"there is an adapter {name!r} already; choose another name, or "
-            f"delete_adapter({name!r}) first"
-        )
-
-
 def build(
     model: nn.Module,
     slots: list[Slot],
@@ -169,6 +153,7 @@ def build(
                     part = _make(slot, host, shared, start=start, autocast=autocast)
                 part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
                 built.parts[slot.path, slot.key] = host, part
+    _need_names(built)
     return built
 
 
@@ -228,6 +213,21 @@ def _place(model: nn.Module, name: str, built: Built, meta: bool) -> None:
 
 def _called(*_: Any) -> None:
     """A hook that does nothing."""
+
+
+def _need_names(built: Built) -> None:
+    """Stop where two tensors would have one name in a file, as a module's and its child's may."""
+    seen: dict[str, str] = {}
+    paths = {path for path, _ in built.parts}
+    inner = [p for p in paths if any(p[:i] in paths for i, c in enumerate(p) if c == ".")]
+    for (path, _), (_, part) in built.parts.items() if inner else ():
+        for key in part.file_tensors():
+            name = f"{path}.{part.prefix}{key}"
+            if (other := seen.setdefault(name, path)) != path:
+                raise TargetError(
+                    f"tensors at {other} and at {path} would both be called {name} in a file; "
+                    "rename that module, or adapt one of the two"
+                )
 
 
 def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:

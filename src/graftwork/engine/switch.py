@@ -23,11 +23,10 @@ from ..fast.flags import Flags
 from ..fast.grouped import FEW, Batches, Rows
 from ..fast.rows import expand
 from ..fast.turns import CALLS, REPLAYS, Turn, Turns, remember, replayed
+from ..targets.names import BASE as BASE
 
 if TYPE_CHECKING:
     from .schedule import Schedule
-
-BASE = "__base__"  # a row of a mixed batch that no adapter touches
 
 
 @dataclass(frozen=True, eq=False)

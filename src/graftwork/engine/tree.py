@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..fast.shards import TRANSPARENT
 from .host import Host
 
+# the wrappers of torch: a module of the user's may have a child of such a name too
+WRAPPERS = ("torch._dynamo", "torch.distributed")
+
 
 def inside(module: nn.Module) -> nn.Module:
     """The user's module, without hosts and torch's wrappers around it."""
@@ -19,7 +22,7 @@ def inside(module: nn.Module) -> nn.Module:
             module = children["base_layer"]
             continue
         for name in TRANSPARENT if children else ():
-            if name in children:
+            if name in children and type(module).__module__.startswith(WRAPPERS):
                 module = children[name]
                 break
         else:

@@ -21,11 +21,12 @@ from ..errors import POLICY, FileError, warn
 from ..fast import shards
 from ..fast.shards import sharding
 from ..fast.tensors import materialise
+from .align import beside
 
 PREFIX = "base_model.model."
 ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
 MARK = "."  # in front of such a name here: no module's path begins so
-BARE = "/"  # in front of a name that a file holds as it is
+BARE = ".."  # in front of a name that a file holds as it is
 
 
 @dataclass
@@ -180,7 +181,8 @@ def compare(
         key_mapping: regex -> replacement, for the names of a model that was built otherwise.
     """
     want, report, found = expected(parts), LoadReport(), {}
-    names = {key: renamed(key, key_mapping, want) for key in tensors}
+    names = None if key_mapping else _as_written(want, tensors)
+    names = names or {key: renamed(key, key_mapping, want) for key in tensors}
     known = want.keys() >= set(names.values())
     base = {} if known else _embeddings(model, tensors, want)
     for key, plain in names.items():
@@ -201,6 +203,17 @@ def compare(
     return report, found
 
 
+def _as_written(want: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str] | None:
+    """File name -> name in the adapter, where a file has just the names that would be written now:
+    then a path that begins as a wrapper's does is not mistaken for one.
+    """
+    for wrapped in (True, False):
+        names = {full(plain, wrapped): plain for plain in want}
+        if names.keys() == tensors.keys():
+            return {key: names[key] for key in tensors}
+    return None
+
+
 def judge(
     report: LoadReport, where: str, strict: bool, hint: Callable[[], str] = lambda: ""
 ) -> None:
@@ -212,6 +225,9 @@ def judge(
     if report.ok:
         return
     text = f"{where} does not fit this adapter and model{hint()}:\n{report}"
+    missing = [name.removeprefix(PREFIX) for name in report.missing]
+    if sides := beside([name.removeprefix(PREFIX) for name in report.unexpected], missing):
+        text += f"\nThe names that differ, numbers as *:\n{sides}"
     if strict and not POLICY.lenient:
         raise FileError(f"{text}\nNothing was loaded. To load what fits, pass strict='warn'.")
     if report.reshaped:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -99,8 +100,10 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 
 def _config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", {})
-    data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    return _lasting(data)
+    if hasattr(config, "to_dict"):
+        return _lasting(config.to_dict())
+    plain = isinstance(config, Mapping)  # a model of one's own may have any object there
+    return _lasting(dict(config) if plain else dict(getattr(config, "__dict__", {})))
 
 
 def _lasting(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -110,4 +113,10 @@ def _lasting(data: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    text = json.dumps(data, sort_keys=True, default=_named)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(value: Any) -> str:
+    """A value that JSON does not have, without its address, which another process does not have."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

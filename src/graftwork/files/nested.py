@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ..config import CONFIG_NAME
-from ..engine.inject import check_name
+from ..targets.names import check_name
 from .codec import ROOT
 from .folder import read_tensors
 from .hub import Source

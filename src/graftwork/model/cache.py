@@ -14,12 +14,12 @@ from torch import nn
 
 from ..config import CONFIG_NAME
 from ..engine.forwards import each_forward
-from ..engine.inject import check_name
 from ..engine.switch import BASE
 from ..engine.tree import parts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..files.folder import WEIGHTS
 from ..files.hub import Source
+from ..targets.names import check_name
 from .peft_model import PeftModel
 
 Where = str | os.PathLike[str]  # a folder, or a hub id

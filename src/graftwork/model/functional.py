@@ -170,7 +170,7 @@ def set_peft_model_state_dict(
         with codec.whole(inner, parts, write=True):
             report, found = codec.compare(inner, parts, tensors)
             if ignore_mismatched_sizes and report.reshaped:
-                bad = {line.partition(":")[0] for line in report.reshaped}
+                bad = {line.rpartition(": (")[0] for line in report.reshaped}
                 found = {plain: key for plain, key in found.items() if key not in bad}
                 report.reshaped = []
             codec.judge(report, "the state dict", strict == "error")

@@ -293,20 +293,22 @@ class PeftModel(Reports, Merging, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
-        from . import storage
+        from . import loading
         from .tasks import class_for
 
         _refuse_offload(ephemeral_gpu_offload)
-        loader = storage.Loader(model_id, config, is_trainable, key_mapping, kwargs)
+        loader = loading.Loader(model_id, config, is_trainable, key_mapping, kwargs)
         wanted = cls if cls is not PeftModel else class_for(loader.config)
         fresh = switch_of(model) is None
-        peft_model = wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
-        try:
-            loader.load_into(peft_model, adapter_name, new=True)
-        except BaseException:
-            if fresh:
-                peft_model.base_model.unload()
-            raise
+
+        def put() -> PeftModel:
+            options = adapter_name, autocast_adapter_dtype
+            return wanted(model, loader.config, *options, start=False)
+
+        def drop(placed: PeftModel) -> None:
+            placed.base_model.unload() if fresh else placed.delete_adapter(adapter_name)
+
+        peft_model: PeftModel = loader.bring(model, adapter_name, put, drop)[0]
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -328,23 +330,26 @@ class PeftModel(Reports, Merging, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
-        from . import storage
+        from . import loading
 
         _refuse_offload(ephemeral_gpu_offload)
-        loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
+        loader = loading.Loader(model_id, None, is_trainable, key_mapping, kwargs)
         switch = self.base_model.switch
+
+        def put() -> PeftModel:
+            self.add_adapter(
+                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
+            )
+            return self
+
+        def drop(placed: PeftModel) -> None:
+            self.base_model.delete_adapter(adapter_name)
+
         with switch.change(adapter_name):
-            new = adapter_name not in self.peft_config
-            if new:
-                self.add_adapter(
-                    adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-                )
-            try:
-                found = loader.load_into(self, adapter_name, new)
-            except BaseException:
-                if new:
-                    self.base_model.delete_adapter(adapter_name)
-                raise
+            if adapter_name in self.peft_config:
+                found = loader.load_into(self, adapter_name, new=False)
+            else:
+                found = loader.bring(self, adapter_name, put, drop)[1]
         if not is_trainable and any(m.training for _, m in walk(self)):
             with switch.turns.change(None):
                 self.eval()  # which visits every part of every adapter

@@ -92,7 +92,8 @@ def need_alike(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: st
 
 def of_part(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a training state holds of one part."""
-    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == path}
+    own = ((k.rpartition(":"), tensor) for k, tensor in tensors.items())  # a path may have one too
+    return {key: tensor for (front, _, key), tensor in own if front == path}
 
 
 def _generators(model: nn.Module, name: str) -> Iterator[tuple[str, torch.Generator]]:

@@ -152,7 +152,7 @@ def hotswap_adapter(
     **kwargs: Any,
 ) -> LoadReport:
     """``PeftModel.hotswap_adapter`` for any model with adapters."""
-    from .storage import Loader
+    from .loading import Loader
 
     loader = Loader(model_name_or_path, None, False, None, kwargs)
     return _swap(model, adapter_name, loader.config, loader.tensors, str(loader.source))
