@@ -345,9 +345,9 @@ class PeftModel(Reports, Updating):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
-        from . import storage
+        from .card import model_card
 
-        storage.model_card(output_dir, self.active_peft_config)
+        model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
         try:

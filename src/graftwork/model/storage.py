@@ -17,9 +17,11 @@ from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
-from ..files.folder import Contents, config_of, read_beside, write
+from ..files.atomic import Saving, settled
+from ..files.folder import Contents, config_of, put, read_beside
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
+from .card import put_card
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -77,32 +79,45 @@ def save(
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
     note = {"identity": identity.identity(model.get_base_model())}
-    for name in names:
-        config = model.peft_config[name]
-        tensors = get_peft_model_state_dict(
-            model, state_dict, name, save_embedding_layers=embeddings
-        )
-        if plain:
-            config, tensors = as_plain_lora(model.get_base_model(), config, name, tensors)
-        if compat == "peft":
-            config, tensors = config.for_peft(model.get_base_model(), tensors)
-        config = copy(config)
-        config.inference_mode = True
-        config.base_model_name_or_path = (
-            config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
-        )
-        target = folder if name == "default" else folder / name
-        start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name), "start": start}
-        write(target, config, tensors, note, beside)
-        for inner, (own, values) in config.folders(model.get_base_model(), name).items():
-            if name == "default" and inner in names:
+    with Saving(folder).begun() as saving:
+        for name in names:
+            config, tensors = _content(model, name, embeddings, plain, state_dict, compat)
+            within = "" if name == "default" else name
+            start = {} if plain else starts.state(model.get_base_model(), name)
+            beside = {"training": training_state(model, name), "start": start}
+            put(saving, within, config, tensors, note, beside)
+            inside = config.folders(model.get_base_model(), name)
+            if name == "default" and (both := [n for n in inside if n in names]):
                 raise StateError(
-                    f"the folder {inner!r} would hold both the adapter of that name and a part of "
-                    "'default'; rename_adapter() the former, or save them apart"
+                    f"the folder {both[0]!r} would hold both the adapter of that name and a part "
+                    "of 'default'; rename_adapter() the former, or save them apart"
                 )
-            write(target / inner, own, values, note, {})
-    model_card(folder, model.active_peft_config)
+            for inner, (own, values) in inside.items():
+                put(saving, os.path.join(within, inner), own, values, note, {})
+        put_card(saving, model.active_peft_config)
+
+
+def _content(
+    model: PeftModel,
+    name: str,
+    embeddings: str | bool,
+    plain: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    compat: str | None,
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The config and the tensors of an adapter's file."""
+    base, config = model.get_base_model(), model.peft_config[name]
+    tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=embeddings)
+    if plain:
+        config, tensors = as_plain_lora(base, config, name, tensors)
+    if compat == "peft":
+        config, tensors = config.for_peft(base, tensors)
+    config = copy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get(
+        "name_or_path"
+    )
+    return config, tensors
 
 
 def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -176,20 +191,17 @@ class Loader:
                     f"{name} is no option of loading an adapter{did_you_mean(name, LOADER_OPTIONS)}"
                 )
         self.strict = options.get("strict", "error") in ("error", True)
-        self.source = Source(
-            model_id,
-            **{
-                k: v
-                for k, v in options.items()
-                if k in ("subfolder", *HUB_OPTIONS, "use_auth_token")
-            },
-        )
-        contents = Contents(self.source, allow_pickle=bool(options.get("allow_pickle")))
-        self.config = copy(config) if config is not None else config_of(self.source, contents.note)
+        known = ("subfolder", *HUB_OPTIONS, "use_auth_token")
+        self.source = Source(model_id, **{k: v for k, v in options.items() if k in known})
+        self.key_mapping, self.allow_pickle = key_mapping, bool(options.get("allow_pickle"))
+        settled(self.source.at, partial(self._read, config, is_trainable))
+
+    def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
+        contents = Contents(self.source, self.allow_pickle)
+        self.note = contents.note
+        self.config = copy(config) if config is not None else config_of(self.source)
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
-        self.key_mapping = key_mapping
-        self.note = contents.note
         self.training = read_beside(self.source, "training", self.note) if is_trainable else {}
         self.start = read_beside(self.source, "start", self.note)
         if self.training and hasattr(self.config, "rank_pattern"):
@@ -355,25 +367,6 @@ def as_plain_lora(
     double.alpha_pattern = {k: v * factor for k, v in (double.alpha_pattern or {}).items()}  # type: ignore[attr-defined]
     double.init_lora_weights = True  # type: ignore[attr-defined]
     return double, out
-
-
-def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
-    """Write the folder's README.md, or complete its head for the hub."""
-    from huggingface_hub import ModelCard
-
-    path = Path(directory) / "README.md"
-    text = (
-        f"---\nlibrary_name: peft\n---\n\n# {config.method} adapter\n\nAn adapter for "
-        f"`{config.base_model_name_or_path or 'a model'}`, "
-        "in the file format of PEFT.\n\n```python\nfrom graftwork import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
-    )
-    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(text)
-    card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.lower()})
-    if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):
-        card.data.base_model = config.base_model_name_or_path
-    card.save(path)
 
 
 def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
