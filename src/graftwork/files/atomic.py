@@ -74,7 +74,7 @@ class Saving:
         try:
             made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder):
+            with locked(self.folder):
                 finish(self.folder)
                 self.staged.mkdir()
                 yield self
@@ -236,22 +236,29 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Within the block no other process saves into the folder, where the system has locks; a
     process that is killed holds none any more.
+
+    Args:
+        folder: the folder, which is there.
+        patience: seconds to wait for another process.
+
+    Raises:
+        FileError: it has not ended by then.
     """
     if os.name != "posix":
         yield
         return
     import fcntl
 
-    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + patience
     try:
         while not _taken(handle):
             if time.monotonic() > end:
                 raise FileError(
-                    f"another process has been saving into {folder} for {PATIENCE:.0f} seconds, "
-                    "and nothing was written; wait for it or end it, or choose another folder"
+                    f"another process is writing into {folder} (waited {patience:.0f} seconds for "
+                    "it), so nothing was written; wait for its end, or name another folder"
                 )
             time.sleep(0.01)
         yield

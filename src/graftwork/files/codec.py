@@ -211,10 +211,21 @@ def fill(
     for o, values in by_part.values():
         if o.part is not resumed:
             o.part.take(values, o.config)
-    carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
-    for plain, weight in carried.items():
-        if plain in found and weight.shape == tensors[found[plain]].shape:
-            weight.copy_(tensors[found[plain]])
+    for plain, weight in carried(model, parts, tensors, found).items():
+        weight.copy_(tensors[found[plain]])
+
+
+def carried(
+    model: nn.Module, parts: list[Owned], tensors: Mapping[str, Any], found: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The base's own weights that a file has values for, by name."""
+    want = expected(parts)
+    every = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
+    return {
+        plain: weight
+        for plain, weight in every.items()
+        if plain in found and weight.shape == tensors[found[plain]].shape
+    }
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:

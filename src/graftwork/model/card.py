@@ -1,14 +1,17 @@
-"""The ``README.md`` of an adapter's folder, which the hub shows."""
+"""Adapters on the hub: the ``README.md`` that it shows, and uploading."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import PeftConfig
 from ..errors import warn
 from ..files.atomic import Saving
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
 
 CARD = "README.md"
 
@@ -41,3 +44,24 @@ def put_card(saving: Saving, config: PeftConfig) -> None:
     if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):
         card.data.base_model = config.base_model_name_or_path
     saving.put(CARD, str(card).encode())
+
+
+def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+    """Save into a temporary folder and upload that."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    private, message = kwargs.pop("private", None), kwargs.pop("commit_message", "Upload adapter")
+    revision, create_pr = kwargs.pop("revision", None), kwargs.pop("create_pr", False)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **kwargs)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )

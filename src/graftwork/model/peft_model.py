@@ -339,9 +339,9 @@ class PeftModel(Reports, Updating):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
-        from . import storage
+        from .card import push
 
-        return storage.push(self, repo_id, **kwargs)
+        return push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""

@@ -20,6 +20,7 @@ from ..files import align, codec, identity, starts
 from ..files.atomic import Saving, settled
 from ..files.folder import Contents, config_of, put, read_beside
 from ..files.hub import HUB_OPTIONS, Source
+from ..files.intact import intact, undone
 from ..updates.hotswap import refresh
 from .card import put_card
 from .functional import get_peft_model_state_dict
@@ -214,7 +215,7 @@ class Loader:
 
     @uncollected()
     def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
-        """Fill an adapter that is in place; nothing is changed where the file does not fit."""
+        """Fill an adapter that is in place; where that fails, nothing is changed."""
         base = model.get_base_model()
         if not new:
             self._check_same(model.peft_config[name])
@@ -223,6 +224,22 @@ class Loader:
         if not report.ok and not (self.key_mapping or self.training):
             report, found = self._aligned(base, parts) or (report, found)
         codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
+        changed = codec.carried(base, parts, self.tensors, found).values()
+        with undone((), changed) if new else intact(base, name, changed):
+            self._fill(model, name, new, parts, report, found)
+            self._check_base(base)
+        return report
+
+    def _fill(
+        self,
+        model: PeftModel,
+        name: str,
+        new: bool,
+        parts: list[codec.Owned],
+        report: codec.LoadReport,
+        found: dict[str, str],
+    ) -> None:
+        base = model.get_base_model()
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
         if report.missing and new:
@@ -237,8 +254,6 @@ class Loader:
         load_training_state(model, name, self.training)
         if self.training and ranked:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
-        self._check_base(base)
-        return report
 
     def _aligned(
         self, base: nn.Module, parts: list[codec.Owned]
@@ -367,24 +382,3 @@ def as_plain_lora(
     double.alpha_pattern = {k: v * factor for k, v in (double.alpha_pattern or {}).items()}  # type: ignore[attr-defined]
     double.init_lora_weights = True  # type: ignore[attr-defined]
     return double, out
-
-
-def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
-    """Save into a temporary folder and upload that."""
-    import tempfile
-
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=kwargs.pop("token", None))
-    private, message = kwargs.pop("private", None), kwargs.pop("commit_message", "Upload adapter")
-    revision, create_pr = kwargs.pop("revision", None), kwargs.pop("create_pr", False)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **kwargs)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-        )
