@@ -42,7 +42,7 @@ def undone(
     """
     modules = list({id(m): m for part in parts for m in part.modules()}.values())
     every = [*tensors, *(t for m in modules for t in _tensors(m))]
-    values = [(t, t.data, t.detach().clone()) for t in {id(t): t for t in every}.values()]
+    values = [(t, t.data, _once(t.detach()).clone()) for t in {id(t): t for t in every}.values()]
     facts = [(vars(one), _copied(vars(one))) for one in [*modules, *objects]]
     try:
         yield
@@ -52,7 +52,7 @@ def undone(
                 _restore(own, before)
             for tensor, place, value in values:
                 tensor.data = place
-                tensor.copy_(value)
+                _once(place).copy_(value)
         raise
 
 
@@ -60,6 +60,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     """All of a module's own, whether registered or not."""
     held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
     return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """An expanded tensor without what it repeats."""
+    return tensor[tuple(slice(None if step else 1) for step in tensor.stride())]
 
 
 def _copied(facts: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
