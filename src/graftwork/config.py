@@ -167,11 +167,13 @@ class PeftConfig(Hooks):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` into a folder, made where it is missing."""
+        from .files.atomic import Saving
+
         folder = Path(save_directory)
         if folder.is_file():
             raise FileError(f"{folder} is a file; give a folder for the config")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        with Saving(folder).begun() as saving:
+            saving.put(CONFIG_NAME, self.to_json().encode())
 
     @classmethod
     def from_pretrained(

@@ -257,12 +257,24 @@ def fill(
     for o, values in by_part.values():
         if o.part is not resumed:
             o.part.take(values, o.config)
-    carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
-    switch = switch_of(model) if carried else None
+    owned = carried(model, parts, tensors, found)
+    switch = switch_of(model) if owned else None
     with nullcontext() if switch is None else switch.turns.change(None):
-        for plain, weight in carried.items():
-            if plain in found and weight.shape == tensors[found[plain]].shape:
-                shards.fill(weight, tensors[found[plain]])
+        for plain, weight in owned.items():
+            shards.fill(weight, tensors[found[plain]])
+
+
+def carried(
+    model: nn.Module, parts: list[Owned], tensors: Mapping[str, Any], found: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The base's own weights that a file has values for, by name."""
+    want = expected(parts)
+    every = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
+    return {
+        plain: weight
+        for plain, weight in every.items()
+        if plain in found and weight.shape == tensors[found[plain]].shape
+    }
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:

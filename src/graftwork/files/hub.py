@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from . import atomic
 
 HUB_OPTIONS = (
     "revision",
@@ -42,8 +43,8 @@ class Source:
         self.options = {k: v for k, v in options.items() if k in HUB_OPTIONS}
         if "use_auth_token" in options:
             self.options["token"] = options["use_auth_token"]
-        self.folder = Path(self.where) if os.path.isdir(self.where) else None
-        if self.folder is not None and not (self.folder / self.subfolder).is_dir():
+        self.folder = Path(self.where) if atomic.is_folder(Path(self.where)) else None
+        if self.at is not None and self.folder is not None and not atomic.is_folder(self.at):
             raise FileError(
                 f"{self.where} has no folder {self.subfolder!r}; it has {_folders(self.folder)}"
             )
@@ -56,15 +57,19 @@ class Source:
     def __str__(self) -> str:
         return os.path.join(self.where, self.subfolder) if self.subfolder else self.where
 
+    @property
+    def at(self) -> Path | None:
+        """The folder of the files; None: on the hub, where nothing changes."""
+        return None if self.folder is None else self.folder / self.subfolder
+
     def find(self, name: str) -> Path | None:
         """The path of a file, fetched where needed; None where the source has no such file.
 
         Raises:
             FileError: the repository does not exist or cannot be reached.
         """
-        if self.folder is not None:
-            path = self.folder / self.subfolder / name
-            return path if path.is_file() else None
+        if self.at is not None:
+            return atomic.find(self.at, name)
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,

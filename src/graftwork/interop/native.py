@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import PeftConfig
 from ..errors import StateError
+from ..files.atomic import settled
 from ..files.codec import LoadReport
-from ..files.hub import HUB_OPTIONS
+from ..files.hub import HUB_OPTIONS, Source
 from ..model.functional import (
     inject_adapter_in_model,
     load_peft_weights,
@@ -60,11 +61,16 @@ def load_adapter(
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
         raise StateError("give peft_model_id, or both peft_config and adapter_state_dict")
-    config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **options)
+
+    def read() -> tuple[Any, dict[str, Tensor]]:
+        config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **options)
+        return config, dict(adapter_state_dict or load_peft_weights(str(peft_model_id), **options))
+
+    source = None if peft_model_id is None else Source(peft_model_id, options.get("subfolder"))
+    config, tensors = settled(None if source is None else source.at, read)
     if isinstance(config, Mapping):
         config = PeftConfig.from_peft_type(**config)
     config.inference_mode = not is_trainable
-    tensors = dict(adapter_state_dict or load_peft_weights(str(peft_model_id), **options))
     ready = getattr(self, "_hotswap_enabled", False)
     known = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
     if hotswap is True or (hotswap and ready and name in known):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import FileError, MergeError
+from ..files.atomic import exchange, locked, replacing
 from ..files.codec import PREFIX
 from ..files.folder import read_tensors
 from ..files.hub import Source
@@ -149,46 +150,65 @@ class Working:
                 f"{target} is not empty; name another folder, or say that it may be overwritten"
             )
         self.target, self.digest = target, digest
-        self.folder = target.with_name(f"{target.name}.partial")
+        self.around = target.with_name(f"{target.name}.partial")
+        self.folder = self.around / "model"
         self.done: list[str] = []
         self.probed: dict[str, float | None] = {}  # layers that are merged, and their probes
+        self.lock = locked(self.around, 0)
 
     def __enter__(self) -> Working:
-        note = self.folder / NOTE
+        self.around.mkdir(parents=True, exist_ok=True)
+        self.lock.__enter__()
         try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = {}
-        if self.folder.exists() and not before and any(self.folder.iterdir()):
-            raise FileError(f"{self.folder} is not of a merge; remove it, or name another folder")
-        done = before.get("done", [])
-        if before.get("of") == self.digest and all((self.folder / n).is_file() for n in done):
-            self.done, self.probed = list(done), dict(before.get("probed", {}))
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.note()
+            self._resume()
+        except BaseException as error:
+            self.lock.__exit__(type(error), error, None)
+            raise
         return self
+
+    def _resume(self) -> None:
+        try:
+            before = json.loads((self.around / NOTE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            before = {}
+        found = [path for path in self.around.iterdir() if not path.name.startswith(f".{NOTE}")]
+        if found and not before:
+            raise FileError(f"{self.around} is not of a merge; remove it, or name another folder")
+        done = before.get("done", []) if before.get("of") == self.digest else []
+        if all((self.folder / name).is_file() for name in done):
+            self.done, self.probed = list(done), dict(before.get("probed", {}))
+        self.note()
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():  # what a crash has left half done
+            if path.name not in self.done:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def note(self, *more: str) -> None:
         """Files are written."""
         self.done += more
-        temporary = self.folder / f".{NOTE}.tmp"
         what = {"of": self.digest, "done": self.done, "probed": self.probed}
-        temporary.write_text(json.dumps(what), encoding="utf-8")
-        os.replace(temporary, self.folder / NOTE)
+        with replacing(self.around / NOTE) as file:
+            file.write(json.dumps(what).encode())
 
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._leave(error)
+        finally:
+            self.lock.__exit__(kind, error, trace)
+
+    def _leave(self, error: Any) -> None:
         if error is None:
-            (self.folder / NOTE).unlink()
-            aside = self.target.with_name(f".{self.target.name}.{os.getpid()}.old")
-            if self.target.exists():
-                os.replace(self.target, aside)
-            os.replace(self.folder, self.target)
-            if aside.exists():
-                shutil.rmtree(aside)
-        elif isinstance(error, (FileError, MergeError)):
-            shutil.rmtree(self.folder)
+            self.done = []  # what lies there from now on is no part of this run
+            self.note()
+            exchange(self.folder, self.target)
+        elif isinstance(error, OSError) and error.errno is not None:
+            raise FileError(
+                f"the merged model could not be written to {self.target}: {error}. What was there "
+                f"before is intact, and what is done is kept in {self.around}: make room and run "
+                "it again to go on"
+            ) from error
+        if error is None or isinstance(error, (FileError, MergeError)):
+            shutil.rmtree(self.around)
 
 
 def _digest(shards: list[Shard], adapter: Any) -> str:

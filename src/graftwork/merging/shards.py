@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..files.folder import replacing
+from ..files.atomic import replacing
 from ..files.mapped import DTYPES, opened
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

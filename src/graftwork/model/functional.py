@@ -19,6 +19,7 @@ from ..fast import shards
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from ..files.intact import intact
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
 from . import canary as _canary  # noqa: F401 - watches trainings
@@ -174,7 +175,8 @@ def set_peft_model_state_dict(
                 found = {plain: key for plain, key in found.items() if key not in bad}
                 report.reshaped = []
             codec.judge(report, "the state dict", strict == "error")
-            codec.fill(inner, parts, tensors, found)
+            with intact(inner, adapter_name, codec.carried(inner, parts, tensors, found).values()):
+                codec.fill(inner, parts, tensors, found)
             return report
 
 

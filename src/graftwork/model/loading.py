@@ -18,8 +18,10 @@ from ..engine.tree import hosts
 from ..errors import FileError, StateError, TargetError, did_you_mean, warn
 from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
+from ..files.atomic import settled
 from ..files.folder import Contents, config_of, read_beside
 from ..files.hub import HUB_OPTIONS, Source
+from ..files.intact import intact, undone
 from ..updates.hotswap import refresh
 from . import resuming
 from .functional import user_model
@@ -92,20 +94,18 @@ class Loader:
                     f"{name} is no option of loading an adapter{did_you_mean(name, LOADER_OPTIONS)}"
                 )
         self.strict = options.get("strict", "error") in ("error", True)
-        self.source = Source(
-            model_id,
-            **{
-                k: v
-                for k, v in options.items()
-                if k in ("subfolder", *HUB_OPTIONS, "use_auth_token")
-            },
-        )
-        contents = Contents(self.source, allow_pickle=bool(options.get("allow_pickle")))
-        self.config = copy(config) if config is not None else config_of(self.source, contents.note)
+        known = ("subfolder", *HUB_OPTIONS, "use_auth_token")
+        self.source = Source(model_id, **{k: v for k, v in options.items() if k in known})
+        self.key_mapping, self.allow_pickle = key_mapping, bool(options.get("allow_pickle"))
+        self.reading: Reading | None = None  # another one than as it is
+        settled(self.source.at, partial(self._read, config, is_trainable))
+
+    def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
+        contents = Contents(self.source, self.allow_pickle)
+        self.note = contents.note
+        self.config = copy(config) if config is not None else config_of(self.source)
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
-        self.key_mapping = key_mapping
-        self.note = contents.note
         self.training = read_beside(self.source, "training", self.note) if is_trainable else {}
         self.start = read_beside(self.source, "start", self.note)
         if self.training and hasattr(self.config, "rank_pattern"):
@@ -115,7 +115,6 @@ class Loader:
         else:
             self.file_config = self.config
         self.tensors = elsewhere | contents.tensors
-        self.reading: Reading | None = None  # another one than as it is
 
     def bring(self, model: nn.Module, name: str, put: Any, drop: Any) -> Any:
         """Put the adapter in place and fill it; where it does not fit as it is, and just one other
@@ -178,7 +177,7 @@ class Loader:
 
     @uncollected()
     def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
-        """Fill an adapter that is in place; nothing is changed where the file does not fit."""
+        """Fill an adapter that is in place; where that fails, nothing is changed."""
         base = model.get_base_model()
         if not new:
             if name in model.base_model.merged():
@@ -186,18 +185,28 @@ class Loader:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config)
         with codec.whole(base, parts, write=True):
-            return self._fill(model, name, new, parts)
+            report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
+            if not report.ok and not (self.key_mapping or self.training or self.reading):
+                report, found = self._aligned(base, parts) or (report, found)
+            if self.reading is not None:
+                report.renamed |= self.reading.renamed
+            codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
+            changed = codec.carried(base, parts, self.tensors, found).values()
+            with undone((), changed) if new else intact(base, name, changed):
+                self._fill(model, name, new, parts, report, found)
+                self._check_base(base)
+            return report
 
     def _fill(
-        self, model: PeftModel, name: str, new: bool, parts: list[codec.Owned]
-    ) -> codec.LoadReport:
+        self,
+        model: PeftModel,
+        name: str,
+        new: bool,
+        parts: list[codec.Owned],
+        report: codec.LoadReport,
+        found: dict[str, str],
+    ) -> None:
         base = model.get_base_model()
-        report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
-        if not report.ok and not (self.key_mapping or self.training or self.reading):
-            report, found = self._aligned(base, parts) or (report, found)
-        if self.reading is not None:
-            report.renamed |= self.reading.renamed
-        codec.judge(report, str(self.source), self.strict, partial(self._hint, base))
         starts.fill(parts, self.start, self.key_mapping, f"the start in {self.source}", self.strict)
         resuming.check(model, name, self.training, str(self.source))
         resumed = self._resumed(model.base_model.switch.shared.get(name), new)
@@ -213,8 +222,6 @@ class Loader:
         resuming.load_training_state(model, name, self.training)
         if self.training and ranked:
             model.peft_config[name].rank_pattern = self.file_config.rank_pattern  # type: ignore[attr-defined]
-        self._check_base(base)
-        return report
 
     def _aligned(
         self, base: nn.Module, parts: list[codec.Owned], quiet: bool = False

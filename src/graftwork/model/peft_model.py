@@ -357,15 +357,15 @@ class PeftModel(Reports, Merging, Updating):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
-        from . import storage
+        from .card import push
 
-        return storage.push(self, repo_id, **kwargs)
+        return push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
-        from . import storage
+        from .card import model_card
 
-        storage.model_card(output_dir, self.active_peft_config)
+        model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import did_you_mean
+from ..files.atomic import exchange, replacing
 from .recipe import Recipe, RecipeError
 from .tasks import TASKS, Spec
 
@@ -130,7 +131,7 @@ class Place:
                     f"--output: {out} already holds a trained adapter; name another folder, or "
                     "replace it with --overwrite"
                 )
-        if self.work.exists() and not overwrite:
+        if _in_use(self.work) and not overwrite:
             if (self.work / RECIPE).is_file():
                 raise RecipeError(
                     f"--output: an unfinished training of {out.name} lies in {self.work}; go on "
@@ -146,7 +147,8 @@ class Place:
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True)
         text = json.dumps(recipe.explicit, indent=2, ensure_ascii=False)
-        (self.work / RECIPE).write_text(text + "\n", encoding="utf-8")
+        with replacing(self.work / RECIPE) as file:
+            file.write(f"{text}\n".encode())
 
     def begun(self) -> dict[str, Any]:
         """The recipe of an unfinished training.
@@ -175,11 +177,15 @@ class Place:
 
     def finish(self, made: Path) -> None:
         """Put the finished folder in its place and remove what was needed to make it."""
-        old = self.work / "replaced"
-        if self.output.is_dir():
-            os.replace(self.output, old)
-        os.replace(made, self.output)
+        exchange(made, self.output)
         shutil.rmtree(self.work)
+
+
+def _in_use(work: Path) -> bool:
+    """Whether there is more than what a crash at the very beginning leaves."""
+    if not work.is_dir():
+        return work.exists()
+    return any(not path.name.startswith(f".{RECIPE}") for path in work.iterdir())
 
 
 def _some(folder: Path) -> str:

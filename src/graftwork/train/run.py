@@ -202,6 +202,8 @@ def _written(
     seconds: float,
 ) -> Result:
     made = place.work / bundle.DONE
+    if made.exists():  # of a run that was killed here
+        shutil.rmtree(made)
     prepared.model.save_pretrained(made)
     prepared.tokenizer.save_pretrained(made)
     size = (made / "adapter_model.safetensors").stat().st_size

@@ -21,6 +21,7 @@ from ..engine.switch import Switch
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, warn
 from ..files import codec
+from ..files.intact import intact
 from ..methods.lora import LoRA
 from ..targets.offer import Offer
 from ..targets.plan import plan
@@ -99,12 +100,7 @@ def swap(
     config = copy.deepcopy(config)
     slots = plan(Offer(model), config)
     built = build(model, slots, config, switch, start=False, autocast=True)
-    owned = [
-        codec.Owned(part, f"{path}.{part.prefix}", config.at(path, _parameter(host, key)))
-        for (path, key), (host, part) in built.parts.items()
-    ]
-    if built.shared is not None:
-        owned.append(codec.Owned(built.shared, codec.MARK, config))
+    owned = _owned(built, config)
     report, found = codec.compare(model, owned, tensors)
     codec.judge(report, where, strict=True)
     codec.fill(model, owned, tensors, found)
@@ -114,10 +110,11 @@ def swap(
         pairs.append((shared, built.shared))
     for old, new in pairs:
         _fits(old, new, where)
-    for old, new in pairs:
-        _copy(old, new)
-    vars(own).update(vars(config))  # in place: compiled code may refer to the object
-    refresh(model, name)
+    with intact(model, name):
+        for old, new in pairs:
+            _copy(old, new)
+        vars(own).update(vars(config))  # in place: compiled code may refer to the object
+        refresh(model, name)
     return report
 
 
@@ -130,6 +127,16 @@ def refresh(model: nn.Module, name: str) -> None:
         for key, part in [p for other in names for p in host.parts_of(other)]:
             if part.reads and name in host.adapters:
                 part.derive(host.need_site(key))
+
+
+def _owned(built: Any, config: TargetConfig) -> list[codec.Owned]:
+    owned = [
+        codec.Owned(part, f"{path}.{part.prefix}", config.at(path, _parameter(host, key)))
+        for (path, key), (host, part) in built.parts.items()
+    ]
+    if built.shared is not None:
+        owned.append(codec.Owned(built.shared, codec.MARK, config))
+    return owned
 
 
 def _parameter(host: Host, key: str) -> str:
