@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.tree import hosts, inside, walk
-from ..errors import POLICY, FileError, warn
+from ..errors import POLICY, FileError, nearest, warn
 from ..fast.tensors import materialise
 
 PREFIX = "base_model.model."
@@ -60,7 +59,7 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {title}:")
-                lines += [f"  {name}{_near(name, others)}" for name in names[:8]]
+                lines += [f"  {name:.300}{_near(name, others)}" for name in names[:8]]
                 lines += [f"  ... and {len(names) - 8} more"] if len(names) > 8 else []
         return "\n".join(lines)
 
@@ -279,5 +278,5 @@ def _double(plain: str, parts: list[Owned]) -> bool:
 
 
 def _near(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
-    return f"  (nearest: {near[0]})" if near else ""
+    near = nearest(name, others, 1, 0.8)
+    return f"  (nearest: {near[1:-1]})" if near else ""

@@ -17,23 +17,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
-import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..config import CONFIG_NAME, PeftConfig
 from ..errors import POLICY, FileError
+from . import identity, schema
+from .bounded import content, parsed, shown
 from .hub import Source
-from .mapped import opened, read
+from .mapped import layout, read
+from .pickled import unpickled
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 NOTE = "graftwork"  # the entry in the weights' header that is ours
 BESIDE = {"training": "training_state", "start": "graftwork_start"}  # in that entry -> file
-MAX_CONFIG = 16 * 2**20  # bytes; a config is a few kilobytes
 
 
 def write(
@@ -158,34 +158,38 @@ def read_config(where: Any, subfolder: str | None = None, **options: Any) -> Pef
 
 def config_of(source: Source, note: Mapping[str, Any] | None = None) -> PeftConfig:
     """The config that belongs to the weights of a source; ``note``: theirs, if it is known."""
-    from ..table import METHODS, method
-
     path = source.find(CONFIG_NAME)
     noted = note if note is not None or source.folder is None else note_of(source)
-    if source.folder is not None and (digest := (noted or {}).get("config")):
+    digest = str((noted or {}).get("config"))
+    if source.folder is not None and re.fullmatch("[0-9a-f]{16}", digest):
         waiting = source.find(f".{CONFIG_NAME}.{digest}")
         path = waiting or path
     if path is None:
         raise FileError(f"{source} has no {CONFIG_NAME}, so it is no adapter folder")
-    if path.stat().st_size > MAX_CONFIG:
-        raise FileError(
-            f"{path} has {path.stat().st_size} bytes, far more than a config; it is damaged or "
-            "hostile"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileError(f"{path} is no JSON: {error}") from error
+    return config_in(content(path), path)
+
+
+def config_in(text: bytes, where: Any) -> PeftConfig:
+    """The config that the text of a file says; ``where``: the file, for messages.
+
+    Raises:
+        FileError: it says none, or one that cannot be used.
+    """
+    from ..table import METHODS, method
+
+    data = parsed(text, where)
     if not isinstance(data, dict) or "peft_type" not in data:
-        raise FileError(f"{path} has no 'peft_type', so it is no adapter's config")
-    if data["peft_type"] not in METHODS:
+        raise FileError(f"{where} has no 'peft_type', so it is no adapter's config")
+    if not isinstance(kind := data["peft_type"], str) or kind not in METHODS:
         raise FileError(
-            f"{path} is of the method {data['peft_type']!r}; this version has {sorted(METHODS)}"
+            f"{where} is of the method {shown(kind)}; this version has {sorted(METHODS)}"
         )
+    cls = method(kind).config
+    data = schema.checked(cls, data, where)
     try:
-        return method(data["peft_type"]).config.from_fields(data, str(path))
+        return cls.from_fields(data, str(where))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path} cannot be used: {error}") from error
+        raise FileError(f"{where} cannot be used: {str(error)[:2000]}") from error
 
 
 def note_of(source: Source) -> dict[str, Any]:
@@ -193,16 +197,18 @@ def note_of(source: Source) -> dict[str, Any]:
     path = source.find(WEIGHTS)
     if path is None:
         return {}
-    with opened(path) as file:
-        return _note(file.metadata() or {})
+    return _note(layout(path).metadata)
 
 
 def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        note = json.loads(metadata.get(NOTE, "{}"))
-    except json.JSONDecodeError:
+        note = parsed(metadata.get(NOTE, "{}").encode(), NOTE)
+    except (FileError, UnicodeEncodeError):
         return {}
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict):
+        return {}
+    texts = {key: note[key] for key in ("config", *BESIDE) if isinstance(note.get(key), str)}
+    return texts | {"identity": identity.checked(note.get("identity"))}
 
 
 class Contents:
@@ -258,21 +264,7 @@ def _unpickled(source: Source, device: str | None, allow_pickle: bool) -> dict[s
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
             "it, pass allow_pickle=True, and save it again to have it as safetensors"
         )
-    try:
-        loaded = torch.load(pickled, device or "cpu", weights_only=True)
-        return {str(name): _a_tensor(value) for name, value in loaded.items()}
-    except (UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FileError(
-            f"{pickled} is damaged, or holds more than tensors, such as code to run; it was not "
-            f"read: {reason}"
-        ) from error
-
-
-def _a_tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} is among the tensors")
-    return value
+    return unpickled(pickled, device or "cpu")
 
 
 def read_beside(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Source:
         if "use_auth_token" in options:
             self.options["token"] = options["use_auth_token"]
         self.folder = Path(self.where) if os.path.isdir(self.where) else None
+        parts = re.split(r"[/\\]", self.subfolder)
+        if ".." in parts or "\0" in self.subfolder or os.path.isabs(self.subfolder):
+            raise FileError(
+                f"the subfolder {self.subfolder!r} leads outside of {self.where}; give that folder "
+                "itself, without a subfolder"
+            )
         if self.folder is not None and not (self.folder / self.subfolder).is_dir():
             raise FileError(
                 f"{self.where} has no folder {self.subfolder!r}; it has {_folders(self.folder)}"
@@ -64,7 +71,10 @@ class Source:
         """
         if self.folder is not None:
             path = self.folder / self.subfolder / name
-            return path if path.is_file() else None
+            if not path.is_file():
+                return None
+            self._check_inside(self.folder, path)
+            return path
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
@@ -89,6 +99,16 @@ class Source:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
             ) from error
+
+    def _check_inside(self, folder: Path, path: Path) -> None:
+        """Refuse a link that leads out; those of the hub's own cache stay within a repository."""
+        root, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+        caches = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
+        if not any(real.is_relative_to(one) for one in (root, *caches)):
+            raise FileError(
+                f"{path} is a link to {real}, outside of its folder, and is not followed; if you "
+                "trust it, put a copy of the file in its place"
+            )
 
     def need(self, name: str) -> Path:
         """The path of a file that must be there."""

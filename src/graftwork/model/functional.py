@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from ..errors import FileError, StateError
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from ..patterns import regex
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
@@ -145,7 +145,7 @@ def _targets_embeddings(model: nn.Module, name: str) -> bool:
     if not isinstance(targets, str):
         return bool({"embed_tokens", "lm_head"} & set(targets))
     known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
-    return any(re.fullmatch(targets, p) for p in known)
+    return any(regex(targets).fullmatch(p) for p in known)
 
 
 def vocabulary_changed(model: nn.Module, base: str | None) -> bool:

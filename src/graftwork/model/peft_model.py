@@ -290,7 +290,10 @@ class PeftModel(Reports, Updating):
         loader = storage.Loader(model_id, config, is_trainable, key_mapping, kwargs)
         wanted = cls if cls is not PeftModel else class_for(loader.config)
         fresh = switch_of(model) is None
-        peft_model = wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
+        with loader.building(model, loader.tensors):
+            peft_model = wanted(
+                model, loader.config, adapter_name, autocast_adapter_dtype, start=False
+            )
         try:
             loader.load_into(peft_model, adapter_name, new=True)
         except BaseException:
@@ -324,9 +327,10 @@ class PeftModel(Reports, Updating):
         loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
         new = adapter_name not in self.peft_config
         if new:
-            self.add_adapter(
-                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-            )
+            with loader.building(self.get_base_model(), loader.tensors):
+                self.add_adapter(
+                    adapter_name, loader.config, False, autocast_adapter_dtype, start=False
+                )
         try:
             found = loader.load_into(self, adapter_name, new)
         except BaseException:

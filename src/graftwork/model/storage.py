@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
+from ..files.guard import described
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
 from .functional import get_peft_model_state_dict
@@ -186,6 +188,8 @@ class Loader:
         )
         contents = Contents(self.source, allow_pickle=bool(options.get("allow_pickle")))
         self.config = copy(config) if config is not None else config_of(self.source, contents.note)
+        where = partial(described, self.config, where=self.source)
+        self.building: Any = where if config is None else lambda *_: nullcontext()
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
         self.key_mapping = key_mapping
