@@ -224,8 +224,9 @@ class PeftConfig(Hooks):
             from .errors import POLICY
 
             name = next(iter(asked))
+            every = ", ".join(f"{k}={v!r}"[:200] for k, v in asked.items())
             text = (
-                f"{where} sets {', '.join(f'{k}={v!r}' for k, v in asked.items())}, which "
+                f"{where} sets {every[:1000]}, which "
                 f"{cls.__name__} does not have{did_you_mean(name, known)}. It was saved by a newer "
                 "version, or by hand: upgrade, or remove the field"
             )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+LONGEST, MANY = 256, 4096  # characters and words that are compared: a comparison takes time
 
 
 class GraftworkError(Exception):
@@ -65,9 +68,12 @@ class Policy:
 POLICY = Policy()
 
 
-def nearest(word: str, words: Iterable[str], count: int = 3) -> str:
+def nearest(word: str, words: Iterable[str], count: int = 3, cutoff: float = 0.5) -> str:
     """The words closest to ``word`` as ``'a', 'b'``; the empty string where none is near."""
-    found = difflib.get_close_matches(word, list(dict.fromkeys(words)), n=count, cutoff=0.5)
+    if len(word) > LONGEST:
+        return ""
+    near = itertools.islice((w for w in dict.fromkeys(words) if len(w) <= LONGEST), MANY)
+    found = difflib.get_close_matches(word, list(near), n=count, cutoff=cutoff)
     return ", ".join(repr(w) for w in found)
 
 

@@ -138,7 +138,7 @@ def finish(folder: Path) -> None:
 def find(folder: Path, name: str) -> Path | None:
     """Where a file of a folder is now; None where there is none."""
     final = folder / name
-    for place, staged in _waiting(folder):
+    for place, staged in waiting(folder):
         if (staged / name).is_file():
             return _latest(staged / name, final, place)
     return final if final.is_file() else None
@@ -146,10 +146,10 @@ def find(folder: Path, name: str) -> Path | None:
 
 def is_folder(folder: Path) -> bool:
     """Whether there is such a folder now."""
-    return folder.is_dir() or any(staged.is_dir() for _, staged in _waiting(folder))
+    return folder.is_dir() or any(staged.is_dir() for _, staged in waiting(folder))
 
 
-def _waiting(folder: Path) -> Iterator[tuple[Path, Path]]:
+def waiting(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Where something is committed that a folder belongs to, and what waits there for it."""
     every = folder.absolute()
     for place in (every, *every.parents[:DEEP]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.inject import switch_of
 from ..engine.tree import hosts, inside, walk
-from ..errors import POLICY, FileError, warn
+from ..errors import POLICY, FileError, nearest, warn
 from ..fast import shards
 from ..fast.shards import sharding
 from ..fast.tensors import materialise
@@ -65,7 +64,7 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {title}:")
-                lines += [f"  {name}{_near(name, others)}" for name in names[:8]]
+                lines += [f"  {name:.300}{_near(name, others)}" for name in names[:8]]
                 lines += [f"  ... and {len(names) - 8} more"] if len(names) > 8 else []
         return "\n".join(lines)
 
@@ -339,5 +338,5 @@ def _double(plain: str, parts: list[Owned]) -> bool:
 
 
 def _near(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
-    return f"  (nearest: {near[0]})" if near else ""
+    near = nearest(name, others, 1, 0.8)
+    return f"  (nearest: {near[1:-1]})" if near else ""

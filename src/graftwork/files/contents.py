@@ -14,7 +14,7 @@ from ..meaning import default_of
 from .codec import PREFIX, ROOT
 from .folder import PICKLE, WEIGHTS
 from .hub import Source
-from .mapped import opened
+from .mapped import layout
 
 FILLED_IN = {f.name for f in fields(PeftConfig)}  # what the library writes into a config
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
@@ -66,13 +66,12 @@ def read_header(source: Source) -> tuple[list[Held], int]:
         )
     if path is None:
         raise FileError(f"{source} has no {WEIGHTS}, so the adapter is not whole; save it again")
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        held = [
-            Held(name, TYPES.get(s.get_dtype(), s.get_dtype().lower()), tuple(s.get_shape()))
-            for name, s in slices.items()
-        ]
-    return held, path.stat().st_size
+    found = layout(path)
+    held = [
+        Held(name, TYPES.get(one.kind, one.kind.lower()), one.shape)
+        for name, one in sorted(found.entries.items())
+    ]
+    return held, found.size
 
 
 def changed(config: PeftConfig) -> dict[str, Any]:

@@ -11,26 +11,26 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..config import CONFIG_NAME, PeftConfig
 from ..errors import POLICY, FileError
 from ..fast.shards import gather
+from . import identity, schema
 from .atomic import WEIGHTS as WEIGHTS
 from .atomic import Saving, settled
+from .bounded import content, parsed, shown
 from .hub import Source
-from .mapped import opened, read
+from .mapped import layout, read
+from .pickled import unpickled
 from .sharded import read_shards
 
 PICKLE = "adapter_model.bin"
 NOTE = "graftwork"  # the entry in the weights' header that is ours
 BESIDE = {"training": "training_state", "start": "graftwork_start"}  # in that entry -> file
-MAX_CONFIG = 16 * 2**20  # bytes; a config is a few kilobytes
 
 
 def write(
@@ -111,30 +111,33 @@ def config_of(source: Source) -> PeftConfig:
 
 
 def _config_of(source: Source) -> PeftConfig:
-    from ..table import METHODS, method
-
     path = source.find(CONFIG_NAME)
     if path is None:
         raise FileError(f"{source} has no {CONFIG_NAME}, so it is no adapter folder")
-    if path.stat().st_size > MAX_CONFIG:
-        raise FileError(
-            f"{path} has {path.stat().st_size} bytes, far more than a config; it is damaged or "
-            "hostile"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileError(f"{path} is no JSON: {error}") from error
+    return config_in(content(path), path)
+
+
+def config_in(text: bytes, where: Any) -> PeftConfig:
+    """The config that the text of a file says; ``where``: the file, for messages.
+
+    Raises:
+        FileError: it says none, or one that cannot be used.
+    """
+    from ..table import METHODS, method
+
+    data = parsed(text, where)
     if not isinstance(data, dict) or "peft_type" not in data:
-        raise FileError(f"{path} has no 'peft_type', so it is no adapter's config")
-    if data["peft_type"] not in METHODS:
+        raise FileError(f"{where} has no 'peft_type', so it is no adapter's config")
+    if not isinstance(kind := data["peft_type"], str) or kind not in METHODS:
         raise FileError(
-            f"{path} is of the method {data['peft_type']!r}; this version has {sorted(METHODS)}"
+            f"{where} is of the method {shown(kind)}; this version has {sorted(METHODS)}"
         )
+    cls = method(kind).config
+    data = schema.checked(cls, data, where)
     try:
-        return method(data["peft_type"]).config.from_fields(data, str(path))
+        return cls.from_fields(data, str(where))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path} cannot be used: {error}") from error
+        raise FileError(f"{where} cannot be used: {str(error)[:2000]}") from error
 
 
 def note_of(source: Source) -> dict[str, Any]:
@@ -142,16 +145,18 @@ def note_of(source: Source) -> dict[str, Any]:
     path = source.find(WEIGHTS)
     if path is None:
         return {}
-    with opened(path) as file:
-        return _note(file.metadata() or {})
+    return _note(layout(path).metadata)
 
 
 def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        note = json.loads(metadata.get(NOTE, "{}"))
-    except json.JSONDecodeError:
+        note = parsed(metadata.get(NOTE, "{}").encode(), NOTE)
+    except (FileError, UnicodeEncodeError):
         return {}
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict):
+        return {}
+    texts = {key: note[key] for key in ("config", *BESIDE) if isinstance(note.get(key), str)}
+    return texts | {"identity": identity.checked(note.get("identity"))}
 
 
 class Contents:
@@ -207,21 +212,7 @@ def _unpickled(source: Source, allow_pickle: bool) -> dict[str, Tensor]:
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
             "it, pass allow_pickle=True, and save it again to have it as safetensors"
         )
-    try:
-        loaded = torch.load(pickled, "cpu", weights_only=True)
-        return {str(name): _a_tensor(value) for name, value in loaded.items()}
-    except (UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FileError(
-            f"{pickled} is damaged, or holds more than tensors, such as code to run; it was not "
-            f"read: {reason}"
-        ) from error
-
-
-def _a_tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} is among the tensors")
-    return value
+    return unpickled(pickled, "cpu")
 
 
 def read_beside(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Source:
         self.options = {k: v for k, v in options.items() if k in HUB_OPTIONS}
         if "use_auth_token" in options:
             self.options["token"] = options["use_auth_token"]
+        parts = re.split(r"[/\\]", self.subfolder)
+        if ".." in parts or "\0" in self.subfolder or os.path.isabs(self.subfolder):
+            raise FileError(
+                f"the subfolder {self.subfolder!r} leads outside of {self.where}; give that folder "
+                "itself, without a subfolder"
+            )
         self.folder = Path(self.where) if atomic.is_folder(Path(self.where)) else None
         if self.at is not None and self.folder is not None and not atomic.is_folder(self.at):
             raise FileError(
@@ -69,7 +76,9 @@ class Source:
             FileError: the repository does not exist or cannot be reached.
         """
         if self.at is not None:
-            return atomic.find(self.at, name)
+            if (path := atomic.find(self.at, name)) is not None:
+                self._check_inside(path)
+            return path
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
@@ -94,6 +103,18 @@ class Source:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
             ) from error
+
+    def _check_inside(self, path: Path) -> None:
+        """Refuse a link that leads out; those of the hub's own cache stay within a repository."""
+        assert self.folder is not None and self.at is not None
+        root, real = Path(os.path.realpath(self.folder)), Path(os.path.realpath(path))
+        caches = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
+        saved = [Path(os.path.realpath(staged)) for _, staged in atomic.waiting(self.at)]
+        if not any(real.is_relative_to(one) for one in (root, *caches, *saved)):
+            raise FileError(
+                f"{path} is a link to {real}, outside of its folder, and is not followed; if you "
+                "trust it, put a copy of the file in its place"
+            )
 
     def need(self, name: str) -> Path:
         """The path of a file that must be there."""

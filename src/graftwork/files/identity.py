@@ -70,6 +70,16 @@ def sample(weight: Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
+def checked(saved: Any) -> dict[str, Any]:
+    """An identity that a file holds; empty where it is none."""
+    texts = ("class", "config", "shapes")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), str) for key in texts):
+        return {}
+    weights = saved.get("weights")
+    whole = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+    return {**{key: saved[key] for key in texts}, "weights": weights if whole else {}}
+
+
 def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     """What differs between a model and a saved identity, in words; empty for the same base."""
     here = dict(parameters(model))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import CONFIG_NAME
 from ..targets.names import check_name
+from .bounded import plain_name
 from .codec import ROOT
 from .folder import read_tensors
 from .hub import Source
@@ -24,7 +25,7 @@ def in_order(adapters: Mapping[str, str]) -> dict[str, str]:
 def within(source: Source, names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Which adapters were saved within another: name -> where, and the folder there."""
     found = {}
-    for name in names:
+    for name in filter(plain_name, names):
         if source.find(f"{name}/{CONFIG_NAME}") is not None:
             found[name] = source.where, f"{source.subfolder}/{name}".lstrip("/")
     return found

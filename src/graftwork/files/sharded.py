@@ -4,7 +4,6 @@ large one: an index says which tensor is where.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from ..errors import FileError
 from .atomic import WEIGHTS
+from .bounded import weight_map
 from .hub import Source
 from .mapped import read
 
 # transformers gives the index of an adapter the name of a model's
 INDEXES = (f"{WEIGHTS}.index.json", "model.safetensors.index.json")
 SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
-MAX_INDEX = 64 * 2**20  # bytes; a line for each tensor
 
 
 def shards_of(source: Source) -> dict[Path, set[str]]:
@@ -46,15 +45,9 @@ def shards_of(source: Source) -> dict[Path, set[str]]:
 
 def _named(index: Path) -> dict[str, set[str]]:
     """File -> its tensors; nothing where it is the index of a model, without an adapter's files."""
-    if index.stat().st_size > MAX_INDEX:
-        raise FileError(f"{index} has {index.stat().st_size} bytes, far more than an index")
-    try:
-        pairs = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        named: dict[str, set[str]] = {}
-        for tensor, name in pairs:
-            named.setdefault(str(name), set()).add(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileError(f"{index} is no index of files: {error!r}") from error
+    named: dict[str, set[str]] = {}
+    for tensor, name in weight_map(index).items():
+        named.setdefault(name, set()).add(tensor)
     own = index.name == INDEXES[0] or any(SHARD.fullmatch(name) for name in named)
     return named if own else {}
 

@@ -20,6 +20,7 @@ from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
 from ..files.atomic import settled
 from ..files.folder import Contents, config_of, read_beside
+from ..files.guard import described
 from ..files.hub import HUB_OPTIONS, Source
 from ..files.intact import intact, undone
 from ..updates.hotswap import refresh
@@ -102,7 +103,7 @@ class Loader:
 
     def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
         contents = Contents(self.source, self.allow_pickle)
-        self.note = contents.note
+        self.note, self.described = contents.note, config is None
         self.config = copy(config) if config is not None else config_of(self.source)
         elsewhere = self.config.found(self.source)
         self.config.inference_mode = not is_trainable
@@ -115,6 +116,22 @@ class Loader:
         else:
             self.file_config = self.config
         self.tensors = elsewhere | contents.tensors
+
+    def one_more(self, model: PeftModel, name: str, autocast: bool) -> codec.LoadReport:
+        """Load the adapter beside those of a model, or anew into one of that name."""
+
+        def put() -> PeftModel:
+            model.add_adapter(name, self.config, False, autocast, start=False)
+            return model
+
+        def drop(placed: PeftModel) -> None:
+            model.base_model.delete_adapter(name)
+
+        with model.base_model.switch.change(name):
+            if name in model.peft_config:
+                return self.load_into(model, name, new=False)
+            report: codec.LoadReport = self.bring(model, name, put, drop)[1]
+            return report
 
     def bring(self, model: nn.Module, name: str, put: Any, drop: Any) -> Any:
         """Put the adapter in place and fill it; where it does not fit as it is, and just one other
@@ -134,17 +151,24 @@ class Loader:
             TargetError: what the config names is not in the model.
         """
         base = user_model(model)
+
+        def built() -> Any:
+            if not self.described:
+                return put()
+            with described(self.config, base, self.tensors, self.source):
+                return put()
+
         open_ = isinstance(self.config, TargetConfig) and not self.training
         try:
-            placed = put()
+            placed = built()
         except TargetError as error:
             if not open_ or not self._read_otherwise(base, error):
                 raise
-            open_, placed = False, put()
+            open_, placed = False, built()
         try:
             if open_ and not self._fits(base, name) and self._read_otherwise(base):
                 drop(placed)
-                placed = put()
+                placed = built()
             return placed, self.load_into(placed, name, new=True)
         except BaseException:
             drop(placed)

@@ -334,24 +334,9 @@ class PeftModel(Reports, Merging, Updating):
 
         _refuse_offload(ephemeral_gpu_offload)
         loader = loading.Loader(model_id, None, is_trainable, key_mapping, kwargs)
-        switch = self.base_model.switch
-
-        def put() -> PeftModel:
-            self.add_adapter(
-                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-            )
-            return self
-
-        def drop(placed: PeftModel) -> None:
-            self.base_model.delete_adapter(adapter_name)
-
-        with switch.change(adapter_name):
-            if adapter_name in self.peft_config:
-                found = loader.load_into(self, adapter_name, new=False)
-            else:
-                found = loader.bring(self, adapter_name, put, drop)[1]
+        found = loader.one_more(self, adapter_name, autocast_adapter_dtype)
         if not is_trainable and any(m.training for _, m in walk(self)):
-            with switch.turns.change(None):
+            with self.base_model.switch.turns.change(None):
                 self.eval()  # which visits every part of every adapter
         return found
 

@@ -4,10 +4,9 @@ model the rows that a file was saved with.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +20,9 @@ from ..engine.tree import hosts, inside, mark, walk
 from ..errors import StateError
 from ..fast import shards
 from ..files import codec
+from ..files.bounded import read_json
 from ..parts.tokens import Tokens
+from ..patterns import regex
 
 
 def needed(model: nn.Module, name: str) -> bool:
@@ -123,7 +124,7 @@ def _targeted(model: nn.Module, name: str) -> bool:
     if not isinstance(targets, str):
         return bool({"embed_tokens", "lm_head"} & set(targets))
     known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
-    return any(re.fullmatch(targets, p) for p in known)
+    return any(regex(targets).fullmatch(p) for p in known)
 
 
 def _holds_rows(model: nn.Module, name: str, before: int) -> bool:
@@ -160,6 +161,5 @@ def _size_before(model: nn.Module, base: str | None) -> int | None:
             return None
     if not isinstance(path, str) or not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        before = json.load(file).get("vocab_size")
-    return None if before == size else before
+    before = read_json(Path(path)).get("vocab_size")
+    return None if before == size or not isinstance(before, int) else before
