@@ -23,6 +23,7 @@ from ..files.hub import Source
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
 
 
 def user_model(model: nn.Module) -> nn.Module:
@@ -53,7 +54,8 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Add an adapter to a model in place, without any wrapper around the model.
+    """Add an adapter to a model in place, without any wrapper around the model, and make it the
+    active one.
 
     Args:
         peft_config: the method and where it goes.
@@ -72,6 +74,8 @@ def inject_adapter_in_model(
         peft_config = _targets_of(peft_config, model, state_dict)
     switch = injection.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
     model.peft_config = switch.configs  # type: ignore[assignment]
+    if switch.active != (adapter_name,):
+        set_adapter(model, adapter_name, peft_config.inference_mode)
     return model
 
 

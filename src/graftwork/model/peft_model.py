@@ -17,6 +17,7 @@ from ..engine.root import Grafted
 from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
 from .report import Reports
 from .updating import Updating
 
