@@ -121,7 +121,7 @@ def shown_version() -> str:
     asked: list[str] = re.findall(
         r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", "")
     )
-    return max(FORMAT_VERSION, *asked, key=lambda v: tuple(map(int, v.split("."))))
+    return max([FORMAT_VERSION, *asked], key=lambda v: tuple(map(int, v.split("."))))
 
 
 def teach_loading(module: ModuleType) -> None:

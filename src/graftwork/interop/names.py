@@ -21,6 +21,7 @@ _OFFERS = {
     "errors": "PeftWarning PeftError=GraftworkError NoMatchingPeftModuleError=TargetError",
     "types": _WHERE["types"],
     "methods.adalora": "SVDLinear=AdaLoRA",
+    "methods.lokr": "factorization=split",
     "prompts.config": "PromptLearningConfig=PromptConfig",
     "prompts.tokens": "PromptEmbedding=Tokens",
     "prompts.encoder": "PromptEncoder=Encoded",
@@ -38,18 +39,18 @@ _OFFERS = {
     + " MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASK_CLASSES",
     "model.auto": " ".join(["AutoPeftModel", *(f"AutoPeftModelFor{t}" for t in _TASKS)]),
     "model.report": "TunerLayerStatus TunerModelStatus",
-    "model.updating": "convert_to_lora hotswap_adapter hotswap_adapter_from_state_dict "
+    "model.updating": "check_hotswap_configs_compatible convert_to_lora hotswap_adapter "
+    "hotswap_adapter_from_state_dict "
     "prepare_model_for_compiled_hotswap save_as_lora",
     "model.functional": "get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
     "set_peft_model_state_dict delete_adapter set_adapter set_requires_grad",
     "inits.batches": "forward_fn_dict prepare_layer_inputs_fn_language_modeling "
     "prepare_model_inputs_fn_language_modeling",
     "engine.root": "BaseTuner=Grafted",
-    "engine.host": "BaseTunerLayer=Host",
     "interop.helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin "
     "disable_input_dtype_casting find_kappa_target_modules rescale_adapter_scale "
     "update_forward_signature update_generate_signature update_signature",
-    "interop.shims": "AuxiliaryTrainingWrapper CONFIG_NAME LoraLayer "
+    "interop.shims": "AuxiliaryTrainingWrapper BaseTunerLayer CONFIG_NAME LoraLayer "
     "INCLUDE_LINEAR_LAYERS_SHORTHAND ModulesToSaveWrapper PEFT_TYPE_TO_CONFIG_MAPPING "
     "PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
     "SAFETENSORS_WEIGHTS_NAME TOKENIZER_CONFIG_NAME TrainableTokensWrapper WEIGHTS_NAME "

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from ..config import PeftConfig
+from ..config import PeftConfig, TargetConfig
+from ..engine import inject as injection
+from ..engine.root import Grafted, delete
 from ..errors import StateError
 from ..files.atomic import settled
 from ..files.codec import LoadReport
 from ..files.hub import HUB_OPTIONS, Source
 from ..model.functional import (
-    inject_adapter_in_model,
     load_peft_weights,
+    set_adapter,
     set_peft_model_state_dict,
 )
 from ..model.updating import (
@@ -75,9 +77,15 @@ def load_adapter(
     known = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
     if hotswap is True or (hotswap and ready and name in known):
         return hotswap_adapter_from_state_dict(self, tensors, name, config)
-    inject_adapter_in_model(config, self, name, low_cpu_mem_usage)
-    self._hf_peft_config_loaded = True
-    report = set_peft_model_state_dict(self, tensors, name)
+    first = injection.switch_of(self) is None
+    switch = injection.inject(self, cast(TargetConfig, config), name, meta=low_cpu_mem_usage)
+    try:
+        report = set_peft_model_state_dict(self, tensors, name)
+    except BaseException:  # the model is as it was
+        Grafted.around(self).unload() if first else delete(self, switch, (name,))
+        raise
+    self.peft_config, self._hf_peft_config_loaded = switch.configs, True
+    set_adapter(self, name, config.inference_mode)
     if ready:
         prepare_model_for_compiled_hotswap(self, **self._prepare_peft_hotswap_kwargs)
     if not is_trainable:

@@ -14,12 +14,13 @@ from ..engine.dense import dense
 from ..engine.host import Host
 from ..engine.module import PARAM, ModuleHost
 from ..engine.root import Grafted
+from ..engine.ties import Tied
 from ..engine.tree import inside
 from ..methods.lora import LoRA
 from ..model import report
 from ..model.peft_model import PeftModel
 from ..parts.tokens import Tokens
-from ..parts.whole import Copy
+from ..parts.whole import Bias, Copy, Whole
 from ..table import METHODS
 from ..targets.defaults import IA3_FEEDFORWARD, TARGETS
 from .names import INSTALLED
@@ -44,6 +45,29 @@ class _Having(type):
         return any(
             isinstance(p, cls.part) for n in instance.adapters for _, p in instance.parts_of(n)
         )
+
+
+class _Acting(type):
+    """A class whose instances are the hosts in which a method acts by itself."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Host) and (
+            not len(instance.adapters)
+            or any(_is_own(*part) for n in instance.adapters for part in instance.parts_of(n))
+        )
+
+
+def _is_own(key: str, part: nn.Module) -> bool:
+    """Whether a part is its method's, and not one that a config brings along."""
+    part = part.source[0] if isinstance(part, Tied) else part
+    beside = isinstance(part, (Bias, Whole)) or (isinstance(part, Tokens) and part.prefix)
+    return not beside and not (isinstance(part, Copy) and key == "copy")
+
+
+class BaseTunerLayer(metaclass=_Acting):
+    """PEFT's base of its layers. A host that only holds a copy of a module, or rows of one, is
+    none: TRL asks before it reads an output layer's weight.
+    """
 
 
 class AuxiliaryTrainingWrapper(metaclass=_Having):

@@ -24,6 +24,7 @@ from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
 from . import canary as _canary  # noqa: F401 - watches trainings
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
 from . import vocabulary
 
 
@@ -55,7 +56,8 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Add an adapter to a model in place, without any wrapper around the model.
+    """Add an adapter to a model in place, without any wrapper around the model, and make it the
+    active one.
 
     Args:
         peft_config: the method and where it goes.
@@ -74,6 +76,8 @@ def inject_adapter_in_model(
         peft_config = _targets_of(peft_config, model, state_dict)
     switch = injection.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
     model.peft_config = switch.configs  # type: ignore[assignment]
+    if switch.active != (adapter_name,):
+        set_adapter(model, adapter_name, peft_config.inference_mode)
     return model
 
 

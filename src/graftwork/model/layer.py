@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.host import NAMES, Host
+from ..engine.host import NAMES, Host, LayerHost
+from ..errors import POLICY
 
 
 def shown(function: Callable[[Host], Any]) -> Callable[[Host], Any]:
@@ -36,10 +37,9 @@ def active_adapters(host: Host) -> list[str]:
 
 
 @shown
-def active_adapter(host: Host) -> str | list[str]:
-    """The active adapter, or a list where it is not just one."""
-    names = list(host.switch.active)
-    return names[0] if len(names) == 1 else names
+def active_adapter(host: Host) -> list[str]:
+    """PEFT's other name for that, on a layer a list too."""
+    return list(host.switch.active)
 
 
 @shown
@@ -65,7 +65,10 @@ def set_adapter(
     host: Host, adapter_names: str | Sequence[str], inference_mode: bool = False
 ) -> None:
     """Make adapters active in the whole model, and trainable here unless ``inference_mode``."""
-    names = host.switch.check(adapter_names)
+    names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+    if POLICY.lenient:  # diffusers names to each of its models the adapters of all of them
+        names = tuple(name for name in names if name in host.switch.configs)
+    names = host.switch.check(names)
     host.switch.activate(names)
     for name in host.adapters:
         host.set_requires_grad(name, name in names and not inference_mode)
@@ -79,10 +82,17 @@ def enable_adapters(host: Host, enabled: bool) -> None:
 
 @verb
 def delete_adapter(host: Host, adapter_name: str) -> None:
-    """Drop an adapter's tensors at this layer."""
-    if adapter_name in host.adapters:
-        del host.adapters[adapter_name]
-        host.switch.flags.forget()
+    """Drop an adapter's tensors at this layer; where it alone was active, another one is now."""
+    if adapter_name not in host.adapters:
+        return
+    del host.adapters[adapter_name]
+    switch = host.switch
+    switch.flags.forget()
+    if adapter_name in switch.active:
+        left = [name for name in switch.active if name != adapter_name]
+        switch.activate(tuple(left or list(host.adapters)[:1]))
+    for name in host.present(switch.active):
+        host.set_requires_grad(name, not switch.configs[name].inference_mode)
 
 
 @verb
@@ -99,6 +109,31 @@ def unmerge(host: Host) -> None:
     host.restore()
 
 
+@shown
+def weight(host: Host) -> Any:
+    """The layer's weight; that of the copy, or with the rows, that an active adapter trains in its
+    place: losses that are fused with an output layer read it, and do not call the layer.
+    """
+    return _in_place(host, "weight")
+
+
+@shown
+def bias(host: Host) -> Any:
+    """The layer's bias, in the same way."""
+    return _in_place(host, "bias")
+
+
+def _in_place(host: Host, name: str) -> Any:
+    names, value = host.present(host.switch.current().active), getattr(host.base_layer, name)
+    for _, part in [p for n in names if names != host.merged_adapters for p in host.parts_of(n)]:
+        if (module := part.instead()) is not None:
+            value = getattr(module, name)
+        elif part.replaces and name == "weight" and isinstance(host, LayerHost):
+            w, _ = part.fold(host.site.to_matrix(value), None)
+            value = host.site.from_matrix(w)
+    return value
+
+
 def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> None:
     """Show something of each adapter that has it, as in ``layer.scaling["default"]``."""
 
@@ -111,15 +146,27 @@ def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> No
     NAMES[name] = show
 
 
+class Shown(SimpleNamespace):
+    """What PEFT has a layer for: ``.weight``, ``.bias``, and ``.to``, which moves them in place."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Shown:
+        for tensor in vars(self).values():
+            tensor.data = tensor.data.to(*args, **kwargs)
+        return self
+
+
 def _tensor(name: str) -> Callable[[Any], Any]:
     """A tensor as PEFT shows it: ``layer.lora_A["default"].weight``, ``layer.ia3_l["default"]``."""
 
     def find(part: Any) -> Any:
+        found = {}
         for key, tensor in part.file_tensors().items():
             first, _, rest = key.partition(".")
+            if first == name and not rest:
+                return tensor
             if first == name:
-                return SimpleNamespace(**{rest: tensor}) if rest else tensor
-        return None
+                found[rest] = tensor
+        return Shown(**found) if found else None
 
     return find
 

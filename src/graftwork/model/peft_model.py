@@ -18,6 +18,7 @@ from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
 from ..fast.shards import gathers, rank
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
 from .canary import arm
 from .merging import Merging
 from .report import Reports

@@ -165,8 +165,30 @@ def hotswap_adapter_from_state_dict(
     config: PeftConfig,
     parameter_prefix: str = "lora_",
 ) -> LoadReport:
-    """Hot-swap from tensors; the last argument is PEFT's."""
-    return _swap(model, adapter_name, config, state_dict, "the state dict")
+    """Hot-swap from tensors under the names in files, or PEFT's names in memory, which have the
+    adapter's in them; the last argument is PEFT's.
+    """
+    from ..files import codec
+    from . import functional
+
+    plain = {}
+    for owned in codec.owned(functional.user_model(model), adapter_name):
+        for key in owned.expects:
+            first, dot, rest = key.partition(".")
+            plain[f"{owned.front}{first}.{adapter_name}{dot}{rest}"] = owned.front + key
+    tensors = {plain.get(k.removeprefix(codec.PREFIX), k): t for k, t in state_dict.items()}
+    return _swap(model, adapter_name, config, tensors, "the state dict")
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Whether an adapter of the second config could be swapped into the place of the first.
+
+    Raises:
+        StateError: what differs is no tensor data.
+    """
+    from ..updates.hotswap import check
+
+    check(config0, config1, "the new adapter")
 
 
 def _swap(

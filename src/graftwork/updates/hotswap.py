@@ -94,7 +94,7 @@ def swap(
     """
     switch.check((name,))
     own = switch.configs[name]
-    _check(own, config, where)
+    check(own, config, where)
     if any(name in host.merged_adapters for host in hosts(model).values()):
         raise StateError(f"{name!r} is merged: unmerge_adapter() before it is hot-swapped")
     config = copy.deepcopy(config)
@@ -144,7 +144,8 @@ def _parameter(host: Host, key: str) -> str:
     return site.parameter if site is not None else "weight"
 
 
-def _check(own: Any, new: Any, where: str) -> None:
+def check(own: Any, new: Any, where: str) -> None:
+    """Refuse what would compute otherwise than the adapter that is there."""
     if own.method != new.method:
         raise StateError(f"{where} is of the method {new.method}, the adapter there {own.method}")
     mine, theirs = own.to_dict(), new.to_dict()
