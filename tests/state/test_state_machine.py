@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import shutil
 import tempfile
@@ -11,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
-
-from graftwork import StateError, get_peft_model
-from graftwork.engine.host import Host
-from graftwork.engine.switch import Switch
-from graftwork.fast.flags import Flags
-from graftwork.model import functional
-from machine import SequenceError, explore, replay
+from machine import explore
 from proposals import propose
 from world import Op, World
-from zoo import IDS, METHODS, ZOO, Net
+from zoo import METHODS
 
 FAULTS = "A3 A8 A9 A10 C2 C3 C4 D3 D4 D5 E1 E3 F4 F7"
 
