@@ -52,7 +52,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "full": lambda: FullConfig(target_modules=["down"]),
     "tokens": lambda: TrainableTokensConfig(target_modules=["embed"], token_indices=[0, 5, 2]),
-    "bottleneck": lambda: BottleneckConfig(bottleneck_size=4, target_modules=TARGETS),
+    "bottleneck": lambda: BottleneckConfig(target_modules=TARGETS),
 }
 
 
@@ -226,10 +226,11 @@ def parallel(mesh: Any) -> None:
         else:
             raise AssertionError(f"{name} was attached to a part of a layer")
     # what is not in parts can be adapted, and is saved as in one process
+    plain = fresh()
     torch.manual_seed(3)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["head"]))
     torch.manual_seed(3)
-    alone = get_peft_model(fresh(), LoraConfig(r=2, target_modules=["head"]))
+    alone = get_peft_model(plain, LoraConfig(r=2, target_modules=["head"]))
     for one in (model, alone):
         shake(one)
         one(IDS).square().mean().backward()

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
-from ..fast.shards import in_parts, parts_in, sharding
+from ..fast.shards import readable
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
@@ -130,9 +130,6 @@ def build(
             kind = LayerHost if kind_of(module) else ModuleHost
             module = found.get(id(module)) or kind(module, switch, slot.path)
         found[id(inside(module))] = module
-    for host in found.values() if sharding() else ():
-        if how := parts_in([inside(host)]):
-            raise in_parts(host.path, how, "adapted")
     places = [(slot, found[id(inside(modules[slot.path]))]) for slot in slots]
     sites = [host.site_of(slot.key) for slot, host in places if slot.level == MAIN]
     dtype = dtype_of(places[0][1].base_layer, autocast)
@@ -150,7 +147,8 @@ def build(
                     source = built.parts[slot.source][1]
                     part: Adapter = Tied(source, slot.transposed, slot.saved)
                 else:
-                    part = _make(slot, host, shared, start=start, autocast=autocast)
+                    with readable(inside(host), host.path):
+                        part = _make(slot, host, shared, start=start, autocast=autocast)
                 part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
                 built.parts[slot.path, slot.key] = host, part
     _need_names(built)

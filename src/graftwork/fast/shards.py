@@ -72,14 +72,15 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return next(c for c in type(model).__mro__ if not made or not issubclass(c, made))
 
 
-def sharding() -> bool:
-    """Whether this program can hold anything in parts at all."""
-    return TENSOR in sys.modules or "deepspeed" in sys.modules
+def sharding(modules: Iterable[nn.Module] = ()) -> bool:
+    """Whether this program can hold anything in parts at all, or these modules."""
+    first = next((p for module in modules for p in module.parameters()), None)
+    return TENSOR in sys.modules or hasattr(first, "ds_shape")  # which ZeRO-3 gives to each
 
 
 def gathers(model: nn.Module) -> bool:
     """Whether processes have to do it together, where a model's tensors are read."""
-    return sharding() and (first_generation(model) or any(map(split, model.parameters())))
+    return first_generation(model) or any(map(split, model.parameters()))
 
 
 def rank() -> int:
@@ -102,6 +103,30 @@ def in_parts(where: str, how: str, done: str) -> StateError:
         "or to convert them, save them, and load them into a model in one process, or use "
         "`graft merge`"
     )
+
+
+@contextmanager
+def readable(layer: nn.Module, where: str) -> Iterator[None]:
+    """Within the block parts of an adapter can be made for a layer: ZeRO-3's tensors are gathered,
+    where it is there; what never is whole is refused.
+
+    Args:
+        layer: the layer.
+        where: its path.
+
+    Raises:
+        StateError: processes hold it in parts.
+    """
+    zero = [p for p in layer.parameters() if hasattr(p, "ds_shape") and split(p)]
+    if not zero:
+        if how := parts_in([layer]):
+            raise in_parts(where, how, "adapted")
+        yield
+    elif "deepspeed" in sys.modules:
+        with _deepspeed(where).GatheredParameters(zero, modifier_rank=None):
+            yield
+    else:
+        yield
 
 
 def first_generation(model: nn.Module) -> bool:

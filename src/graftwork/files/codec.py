@@ -130,7 +130,7 @@ def whole(
 ) -> Any:
     """A context in which parts hold whole tensors; see ``fast.shards.whole``."""
     every = [o.part for o in parts]
-    if values is None and not sharding():
+    if values is None and not sharding(every):
         return nullcontext()
     return shards.whole(model, every, values, write)
 

@@ -20,6 +20,7 @@ from ..engine.switch import Switch
 from ..engine.ties import Tied
 from ..engine.tree import hosts, inside, walk
 from ..errors import StateError
+from ..fast.shards import in_parts, parts_in
 from ..fast.tensors import no_autocast, steady
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
@@ -89,6 +90,8 @@ def updates_of(
     found = Updates(switch.configs[name])
     for path, host in hosts(model).items():
         for key, part in host.parts_of(name):
+            if how := parts_in([host.base_layer, part]):
+                raise in_parts(path, how, "combined or converted")
             if isinstance(part, Tied):
                 found.tied |= part.saved
                 continue  # the first end has the tensors
