@@ -74,9 +74,8 @@ def inject(
         first = not switch.configs
         trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
         with replicated(model, config, switch):
-            slots = plan(Offer(model), config)
-            start = start and not meta  # a file follows
-            built = build(model, slots, config, switch, start=start, autocast=autocast)
+            given = {"start": start and not meta, "autocast": autocast}  # meta: a file follows
+            built = build(model, plan(Offer(model), config), config, switch, **given)
         _warn_of_high_rank(built)
         if first:
             switch.trainable |= frozenset(trainable)

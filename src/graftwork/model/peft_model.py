@@ -303,8 +303,7 @@ class PeftModel(Reports, Merging, Updating):
         fresh = switch_of(model) is None
 
         def put() -> PeftModel:
-            options = adapter_name, autocast_adapter_dtype
-            return wanted(model, loader.config, *options, start=False)
+            return wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
 
         def drop(placed: PeftModel) -> None:
             placed.base_model.unload() if fresh else placed.delete_adapter(adapter_name)
