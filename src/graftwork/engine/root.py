@@ -67,7 +67,6 @@ class Grafted(nn.Module):
         return list(self.switch.active)
 
     active_adapter = active_adapters
-    prefix = ".adapters."  # in the names of parameters that are an adapter's, as PEFT's "lora_"
 
     def hosts(self) -> dict[str, Host]:
         """The hosts by original path."""

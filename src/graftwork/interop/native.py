@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from ..config import PeftConfig, TargetConfig
+from ..config import PeftConfig
 from ..engine import inject as injection
 from ..engine.root import Grafted, delete
 from ..errors import StateError
@@ -77,17 +77,25 @@ def load_adapter(
     known = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
     if hotswap is True or (hotswap and ready and name in known):
         return hotswap_adapter_from_state_dict(self, tensors, name, config)
-    first = injection.switch_of(self) is None
-    switch = injection.inject(self, cast(TargetConfig, config), name, meta=low_cpu_mem_usage)
-    try:
-        report = set_peft_model_state_dict(self, tensors, name)
-    except BaseException:  # the model is as it was
-        Grafted.around(self).unload() if first else delete(self, switch, (name,))
-        raise
-    self.peft_config, self._hf_peft_config_loaded = switch.configs, True
-    set_adapter(self, name, config.inference_mode)
+    report = _add(self, config, name, tensors, low_cpu_mem_usage)
     if ready:
         prepare_model_for_compiled_hotswap(self, **self._prepare_peft_hotswap_kwargs)
     if not is_trainable:
         self.eval()
+    return report
+
+
+def _add(
+    model: Any, config: Any, name: str, tensors: Mapping[str, Tensor], meta: bool
+) -> LoadReport:
+    """Put an adapter with its values in, and make it active; on an error the model is as it was."""
+    first = injection.switch_of(model) is None
+    switch = injection.inject(model, config, name, meta=meta)
+    try:
+        report = set_peft_model_state_dict(model, tensors, name)
+    except BaseException:
+        Grafted.around(model).unload() if first else delete(model, switch, (name,))
+        raise
+    model.peft_config, model._hf_peft_config_loaded = switch.configs, True
+    set_adapter(model, name, config.inference_mode)
     return report

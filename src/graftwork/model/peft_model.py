@@ -137,6 +137,11 @@ class PeftModel(Reports, Merging, Updating):
         return found or None
 
     @property
+    def prefix(self) -> str:
+        """What the names of adapters' parameters have in them, as ``lora_`` in PEFT."""
+        return getattr(type(self.base_model), "prefix", ".adapters.")
+
+    @property
     def has_active_enabled_adapter(self) -> bool:
         return self.base_model.switch.enabled and bool(self.active_adapters)
 
