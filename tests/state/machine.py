@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ground import Op
 from proposals import propose
-from world import Op, World
+from world import World
 from zoo import METHODS, ZOO
 
 LENGTH = 60  # operations of a sequence

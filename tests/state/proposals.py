@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from world import Op, World
+from ground import Op
+from world import World
 from zoo import IDS, ZOO
 
 NAMES = ["a", "default", "lora_A", "weight", "base_layer", "keys", "aa"]
@@ -16,6 +17,7 @@ WEIGHTS = {
     "add": 10, "load": 8, "swap": 2, "choose": 12, "require": 3, "enable": 4, "mode": 3,
     "rename": 4, "delete": 7, "merge": 10, "unmerge": 7, "spoilt": 2, "combine": 4, "save": 6,
     "double": 2, "train": 12, "unload": 1, "finish": 1, "using": 6, "rows": 6, "attach": 1,
+    "attach_broken": 2,
 }  # fmt: skip
 
 
@@ -23,8 +25,9 @@ def propose(drawn: random.Random, world: World) -> Op:
     """The next operation, with all its arguments."""
     reference, files = world.reference, list(world.files)
     if not reference.wrapped:
-        if files and drawn.random() < 0.3:
-            return ("attach_saved", *drawn.choice(files), name(drawn, world, 0), coin(drawn))
+        if files and drawn.random() < 0.4:
+            kind = drawn.choice(["attach_saved", "attach_saved", "attach_broken"])
+            return (kind, *drawn.choice(files), name(drawn, world, 0), coin(drawn))
         return ("attach", drawn.choice(list(ZOO)), name(drawn, world, 0), coin(drawn, 0.1))
     kind = drawn.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     if reference.merged and coin(drawn, 0.2):  # while it lasts, much is refused
@@ -120,5 +123,6 @@ PROPOSALS: dict[str, Any] = {
     "train": lambda d, w: ("train", d.randrange(1000)),
     "unload": lambda d, w: ("unload",),
     "finish": lambda d, w: ("finish", None if coin(d) else some(d, w)),
+    "attach_broken": lambda d, w: ("attach_broken", *load(d, w)[1:]),
     "using": lambda d, w: ("using", [] if coin(d, 0.2) else some(d, w)),
 }  # fmt: skip

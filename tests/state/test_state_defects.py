@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from ground import Op
 from machine import SequenceError, explore, replay
-from world import Op
 from zoo import IDS, ZOO, Net
 
 from graftwork import LoraConfig, StateError, get_peft_model
