@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -170,7 +171,7 @@ class PeftConfig(Hooks):
         from .files.atomic import Saving
 
         folder = Path(save_directory)
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise FileError(f"{folder} is a file; give a folder for the config")
         with Saving(folder).begun() as saving:
             saving.put(CONFIG_NAME, self.to_json().encode())

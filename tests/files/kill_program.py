@@ -1,6 +1,8 @@
-"""Kills saving: "random SECONDS KILLS SEED" at random moments, or "every SHAPES" before and after
-each call that changes a file. A fork of this process saves an adapter over another one and dies of
-SIGKILL; what it leaves is loaded, and has to be one of the two, bit for bit. Prints JSON.
+"""Kills saving: "random SHAPES KILLS SEED" at random moments, so often for each of these shapes
+(or "all"); "every SHAPES" before and after each call that changes a file; "merge" the same of a
+merged model in shards, "trainer KILLS SEED" a training that writes checkpoints. A fork of this
+process saves an adapter over another one and dies of SIGKILL; what it leaves is loaded, and has to
+be one of the two, bit for bit. Prints JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +29,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 warnings.filterwarnings("ignore")
 
+import merged  # noqa: E402
+import trained  # noqa: E402
 from shapes import SHAPES, Shape  # noqa: E402
 
 from graftwork.files import atomic  # noqa: E402
+from graftwork.merging import shards  # noqa: E402
 
 
 @dataclass
@@ -119,6 +125,8 @@ def forked(run: Callable[[], None]) -> int:
     if (child := os.fork()) == 0:
         try:
             run()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(3)
     return child
@@ -133,15 +141,10 @@ def killed(child: int) -> bool:
     return False
 
 
-def at_random(seconds: float, kills: int, seed: int) -> Tally:
-    """So many kills, spread over all shapes, or as many as there is time for."""
-    tally, dice, end = Tally(), random.Random(seed), time.monotonic() + seconds
-    names = list(SHAPES)
-    dice.shuffle(names)
-    each = -(-kills // len(names))
+def at_random(names: list[str], each: int, seed: int) -> Tally:
+    """So many kills of each shape."""
+    tally, dice = Tally(), random.Random(seed)
     for name in names:
-        if time.monotonic() > end:
-            break
         with tempfile.TemporaryDirectory() as where:
             tried = Tried(name, SHAPES[name], Path(where))
             child, took = saving(tried, once=True)
@@ -241,14 +244,97 @@ def counted(last: int) -> Iterator[None]:
         os.fsync(file.fileno())
         step()
 
-    atomic._write = write
+    def exchanged(*args: Any) -> bool:
+        step()
+        done = real_exchanged(*args)
+        step()
+        return done
+
+    def put(*args: Any) -> None:
+        step()
+        real_put(*args)
+
+    real_exchanged, real_put = atomic._exchanged, shards._put
+    atomic._write, atomic._exchanged, shards._put = write, exchanged, put
     yield
+
+
+def merging() -> Tally:
+    """A merged model in shards over another one: plain readers find the one or the other."""
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as where:
+        of, adapters = merged.prepare(Path(where))
+        out, found = Path(where) / "out", []
+        for adapter in adapters:
+            merged.merge(of, adapter, out)
+            found.append(merged.read(out))
+        names, now, at = listed(Path(where)), 1, 0
+        while True:
+            at += 1
+
+            def once(at: int = at, now: int = now) -> None:
+                with counted(at):
+                    merged.merge(of, adapters[1 - now], out)
+                os._exit(0)
+
+            if not killed(forked(once)):
+                break
+            tally.kills += 1
+            try:
+                after = found.index(merged.read(out))
+            except (OSError, ValueError) as error:
+                tally.unreadable, tally.mixed = tally.unreadable + 1, tally.mixed + 1
+                tally.errors.append(f"{at}: {error!r}"[:300])
+                break
+            tally.old, tally.new = tally.old + (after == now), tally.new + (after != now)
+            now = after
+        tally.shapes, tally.strays = 1, len(listed(Path(where)) ^ names)
+    return tally
+
+
+def training(kills: int, seed: int) -> Tally:
+    """A training that writes checkpoints: each is that of its step, or not there."""
+    tally, dice = Tally(), random.Random(seed)
+    with tempfile.TemporaryDirectory() as where:
+        trained.train(Path(where) / "all")
+        start = time.perf_counter()
+        killed(forked(lambda: (trained.train(Path(where) / "again"), os._exit(0))))  # type: ignore
+        took = time.perf_counter() - start
+        wanted = trained.read(Path(where) / "all")
+        for i in range(kills):
+            folder = Path(where) / f"{i}"
+            child = forked(lambda folder=folder: (trained.train(folder), os._exit(0)))  # type: ignore
+            while not list(folder.glob("checkpoint-*")):
+                time.sleep(0.0005)
+            time.sleep(dice.uniform(0, 0.5) * took)
+            os.kill(child, signal.SIGKILL)
+            tally.kills += killed(child)
+            try:
+                found = trained.read(folder)
+            except Exception as error:
+                tally.unreadable += 1
+                tally.errors.append(repr(error)[:300])
+                continue
+            tally.old += len(found)
+            tally.mixed += any(wanted[step] != facts for step, facts in found.items())
+            trained.train(folder)  # goes on from the newest whole one
+            tally.strays += trained.read(folder)[max(wanted)] != wanted[max(wanted)]
+            tally.new += 1
+    tally.shapes = 1
+    return tally
+
+
+def main(how: str, *more: str) -> Tally:
+    if how == "merge":
+        return merging()
+    if how == "trainer":
+        return training(int(more[0]), int(more[1]))
+    names = list(SHAPES) if more[0] == "all" else more[0].split(",")
+    if how == "random":
+        return at_random(names, int(more[1]), int(more[2]))
+    return at_every_call(names)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "random":
-        done = at_random(float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    else:
-        done = at_every_call(sys.argv[2].split(",") if len(sys.argv) > 2 else list(SHAPES))
-    print(json.dumps(vars(done)))
+    print(json.dumps(vars(main(*sys.argv[1:]))))

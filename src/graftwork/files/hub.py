@@ -99,9 +99,14 @@ class Source:
             ) from error
         except EntryNotFoundError:
             return None
-        except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        except (RepositoryNotFoundError, HfHubHTTPError, ValueError) as error:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
+            ) from error
+        except (HfHubHTTPError.__bases__[0], OSError, RuntimeError) as error:  # of the hub's client
+            raise FileError(
+                f"fetching {name} of {self} from the hub broke off: {error!r}. Nothing was loaded; "
+                "try again, or fetch it with `hf download` and give its folder"
             ) from error
 
     def _check_inside(self, path: Path) -> None:

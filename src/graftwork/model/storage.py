@@ -41,7 +41,7 @@ def save(
     gathers what other processes have parts of.
     """
     folder = Path(directory)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise FileError(f"{folder} is a file; give a folder to save_pretrained")
     names = list(model.peft_config) if selected is None else list(selected)
     if unknown := [n for n in names if n not in model.peft_config]:
