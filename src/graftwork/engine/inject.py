@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ..fast.shards import readable
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
-from ..targets.replicas import replicated
+from ..targets.replicas import replicated, restore
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost
 from .module import ModuleHost
@@ -67,12 +68,11 @@ def inject(
     with switch.change(name):
         check_name(name, switch.configs)
         _need_unmerged(model)
-        config = copy.deepcopy(config)
+        config, start = copy.deepcopy(config), start and not meta  # a file follows
         first = not switch.configs
         trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
         with replicated(model, config, switch):
             slots = plan(Offer(model), config)
-            start = start and not meta  # a file follows
             built = build(model, slots, config, switch, start=start, autocast=autocast)
         _warn_of_high_rank(built)
         if first:
@@ -243,3 +243,37 @@ def _warn_of_high_rank(built: Built) -> None:
             "a rank above the smaller side of a layer adds parameters and nothing else: "
             f"{high[0]}{more}; use rank_pattern"
         )
+
+
+def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
+    """Drop adapters from a model."""
+    with switch.change(*names):
+        switch.check(tuple(names))
+        every = hosts(model)
+        for path, host in every.items():
+            if busy := [n for n in names if n in host.merged_adapters]:
+                raise StateError(
+                    f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+                )
+        for host in every.values():
+            for name in host.present(tuple(names)):
+                del host.adapters[name]
+        for name in names:
+            config = switch.configs.pop(name)
+            switch.schedules.pop(name, None)
+            switch.shared.pop(name, None)
+            config.detached(model, switch)
+        switch.flags.drop(names)
+        left = tuple(n for n in switch.active if n in switch.configs)
+        if not left and switch.configs and switch.active:
+            left = (next(iter(switch.configs)),)
+            warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
+            switch.flags.write(
+                left, not switch.configs[left[0]].inference_mode, partial(parts, model)
+            )
+        switch.activate(left)
+        for path, module in list(walk(model)):
+            if isinstance(module, Host) and not len(module.adapters):
+                put(model, path, module.base_layer)
+        if not switch.configs:
+            restore(model)

@@ -82,30 +82,12 @@ def save(
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
     note = {"identity": identity.identity(model.get_base_model())}
-    given = None if state_dict is None else within(model, state_dict)
     for name in names:
-        config = model.peft_config[name]
-        tensors = get_peft_model_state_dict(
-            model, state_dict, name, save_embedding_layers=embeddings
-        )
-        if plain:
-            config, tensors = as_plain_lora(model.get_base_model(), config, name, tensors)
-        if compat == "peft":
-            config, tensors = config.for_peft(model.get_base_model(), tensors)
-        config = copy(config)
-        config.inference_mode = True
-        config.base_model_name_or_path = (
-            config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
-        )
-        target = folder if name == "default" else folder / name
-        start = {} if plain else starts.state(model.get_base_model(), name)
-        beside = {"training": training_state(model, name, given), "start": start}
-        folders = {
-            inner: (own, {key: gather(key, value) for key, value in values.items()})
-            for inner, (own, values) in config.folders(model.get_base_model(), name).items()
-        }
+        options = embeddings, plain, state_dict, compat
+        config, tensors, beside, folders = _of_adapter(model, name, *options)
         if not writes:
             continue
+        target = folder if name == "default" else folder / name
         write(target, config, tensors, note, beside)
         for inner, (own, values) in folders.items():
             if name == "default" and inner in names:
@@ -116,6 +98,36 @@ def save(
             write(target / inner, own, values, note, {})
     if writes:
         model_card(folder, model.active_peft_config)
+
+
+def _of_adapter(
+    model: PeftModel,
+    name: str,
+    embeddings: str | bool,
+    plain: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    compat: str | None,
+) -> tuple[PeftConfig, dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What an adapter's folder holds: config, tensors, what is beside them, and inner folders."""
+    base, config = model.get_base_model(), model.peft_config[name]
+    tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=embeddings)
+    if plain:
+        config, tensors = as_plain_lora(base, config, name, tensors)
+    if compat == "peft":
+        config, tensors = config.for_peft(base, tensors)
+    config = copy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get(
+        "name_or_path"
+    )
+    given = None if state_dict is None else within(model, state_dict)
+    start = {} if plain else starts.state(base, name)
+    folders: dict[str, Any] = {
+        inner: (own, {key: gather(key, value) for key, value in values.items()})
+        for inner, (own, values) in config.folders(base, name).items()
+    }
+    beside = {"training": training_state(model, name, given), "start": start}
+    return config, tensors, beside, folders
 
 
 class Loader:
