@@ -28,7 +28,8 @@ from graftwork.testing.bench import shake
 from graftwork.testing.entry import IDS, Small
 
 HERE = Path(__file__).parent
-METHODS = "lora dora whole ia3 loha oft vera adalora full tokens bottleneck".split()
+PLAIN = "lora dora whole ia3 loha oft vera adalora full tokens bottleneck".split()
+SUMMED = ["unilora", "vblora", "lily"]  # whose layers share what trains
 
 
 def two(program: str, folder: Path, *arguments: str) -> None:
@@ -50,7 +51,14 @@ def two(program: str, folder: Path, *arguments: str) -> None:
 @pytest.mark.fault("A13")
 @pytest.mark.fault("C13")
 def test_two_processes_learn_save_and_load_as_one(tmp_path: Path) -> None:
-    two("spread_program.py", tmp_path, *METHODS, "halves", "refuses", "parallel")
+    two("spread_program.py", tmp_path, *PLAIN, *SUMMED, "halves", "refuses", "parallel")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("A13")
+@pytest.mark.fault("C13")
+def test_accelerate_trains_and_saves_a_sharded_model_by_pefts_names(tmp_path: Path) -> None:
+    two("accelerate_program.py", tmp_path, "prompt-full", "lora-sharded", "lora-full")
 
 
 # -- ZeRO-3, by a stand-in that does to parameters what it does

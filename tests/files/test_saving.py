@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_at_any_writing(
             if at > 6:  # the whole save: two adapters, a card, and what commits them
                 second.save_pretrained(folder)
                 break
-            with pytest.raises(FileError, match="No space left on device.*make room"):
+            with pytest.raises(FileError, match=r"No space left on device.*make room"):
                 second.save_pretrained(folder)
             monkeypatch.undo()
             assert names(tmp_path) == before
@@ -153,7 +153,7 @@ def test_what_fails_after_the_commit_is_told_and_loads(
         real(old, new)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(FileError, match="is saved in .* and can be loaded .* Save it once more"):
+    with pytest.raises(FileError, match=r"is saved in .* and can be loaded .* Save it once more"):
         second.save_pretrained(tmp_path)
     monkeypatch.undo()
     for inner, name in (("", "default"), ("b", "b")):
@@ -175,7 +175,7 @@ def test_targets_that_are_no_folders(tmp_path: Path) -> None:
     for save in (model.save_pretrained, config.save_pretrained):
         with pytest.raises(FileError, match="file is a file; give a folder"):
             save(tmp_path / "file")
-        with pytest.raises(FileError, match="could not be saved in .*Not a directory"):
+        with pytest.raises(FileError, match=r"could not be saved in .*Not a directory"):
             save(tmp_path / "file" / "deeper")
     assert names(tmp_path) == {"file"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
-from ..targets.replicas import replicated
+from ..targets.replicas import replicated, restore
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost
 from .module import ModuleHost
@@ -70,7 +70,7 @@ def inject(
     with switch.change(name):
         check_name(name, switch.configs)
         _need_unmerged(model)
-        config = copy.deepcopy(config)
+        config, start = copy.deepcopy(config), start and not meta  # a file follows
         first = not switch.configs
         trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
         with replicated(model, config, switch):
@@ -251,3 +251,42 @@ def _warn_of_high_rank(built: Built) -> None:
             "a rank above the smaller side of a layer adds parameters and nothing else: "
             f"{high[0]}{more}; use rank_pattern"
         )
+
+
+def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
+    """Drop adapters from a model."""
+    with switch.change(*names):
+        switch.check(tuple(names))
+        every = hosts(model)
+        for path, host in every.items():
+            if busy := [n for n in names if n in host.merged_adapters]:
+                raise StateError(
+                    f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+                )
+        for host in every.values():
+            for name in host.present(tuple(names)):
+                del host.adapters[name]
+                host.stacks.results.clear()
+        for name in names:
+            config = switch.configs.pop(name)
+            switch.schedules.pop(name, None)
+            switch.shared.pop(name, None)
+            config.detached(model, switch)
+        switch.flags.drop(names)
+        left = tuple(n for n in switch.active if n in switch.configs)
+        if not left and switch.configs and switch.active:
+            left = (next(iter(switch.configs)),)
+            warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
+            switch.flags.write(
+                left, not switch.configs[left[0]].inference_mode, partial(parts, model)
+            )
+        switch.activate(left)
+        if not switch.configs.keys() >= set(switch.before_merge):
+            kept = tuple(n for n in switch.before_merge if n in switch.configs)
+            switch.before_merge = kept or left
+        for path, module in list(walk(model)):
+            if isinstance(module, Host) and not len(module.adapters):
+                put(model, path, module.base_layer)
+        if not switch.configs:
+            restore(model)
+            changed(model, switch, False)

@@ -230,7 +230,7 @@ class Grafted(nn.Module):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters; layers without any other get back their place in the model."""
-        delete(self.model, self.switch, self.switch.check(adapter_name))
+        injection.delete(self.model, self.switch, self.switch.check(adapter_name))
 
     @alone
     def rename_adapter(self, old: str, new: str) -> None:
@@ -355,42 +355,3 @@ class Grafted(nn.Module):
                 if own in switch.configs and name in switch.configs[own].OFFERS:
                     return switch.configs[own].offer(self, own, name)
             return getattr(self.model, name)
-
-
-def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
-    """Drop adapters from a model."""
-    with switch.change(*names):
-        switch.check(tuple(names))
-        every = hosts(model)
-        for path, host in every.items():
-            if busy := [n for n in names if n in host.merged_adapters]:
-                raise StateError(
-                    f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
-                )
-        for host in every.values():
-            for name in host.present(tuple(names)):
-                del host.adapters[name]
-                host.stacks.results.clear()
-        for name in names:
-            config = switch.configs.pop(name)
-            switch.schedules.pop(name, None)
-            switch.shared.pop(name, None)
-            config.detached(model, switch)
-        switch.flags.drop(names)
-        left = tuple(n for n in switch.active if n in switch.configs)
-        if not left and switch.configs and switch.active:
-            left = (next(iter(switch.configs)),)
-            warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
-            switch.flags.write(
-                left, not switch.configs[left[0]].inference_mode, partial(parts, model)
-            )
-        switch.activate(left)
-        if not switch.configs.keys() >= set(switch.before_merge):
-            kept = tuple(n for n in switch.before_merge if n in switch.configs)
-            switch.before_merge = kept or left
-        for path, module in list(walk(model)):
-            if isinstance(module, Host) and not len(module.adapters):
-                put(model, path, module.base_layer)
-        if not switch.configs:
-            replicas.restore(model)
-            injection.changed(model, switch, False)

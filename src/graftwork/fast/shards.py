@@ -7,6 +7,7 @@ be done, it is refused: a part is never taken for the whole.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,6 +88,33 @@ def rank() -> int:
     """The number of this process."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if there else 0
+
+
+def readable_now(module: Any) -> Any:
+    """A module as a forward elsewhere in the model can read it: FSDP gathers tensors for the block
+    in which they are, and others find parts. Those are gathered here, and what comes back is the
+    mean of all processes' gradients, as FSDP has it.
+    """
+    if torch.compiler.is_compiling() or module is None or TENSOR not in sys.modules:
+        return module
+    whole = {n: _gathered(p) for n, p in module._parameters.items() if split(p)}
+    inner = {n: readable_now(m) for n, m in module._modules.items()}
+    if not whole and all(m is module._modules[n] for n, m in inner.items()):
+        return module
+    new = copy.copy(module)
+    new.__dict__["_parameters"] = {**module._parameters, **whole}
+    new.__dict__["_modules"] = inner
+    return new
+
+
+def _gathered(tensor: Any) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    if not hasattr(tensor, "full_tensor"):
+        return tensor  # type: ignore[no-any-return]  # ZeRO-3's, which its engine gathers
+    mean = [Partial("avg") for _ in range(tensor.device_mesh.ndim)]
+    whole: Tensor = tensor.full_tensor(grad_placements=mean)
+    return whole
 
 
 def in_parts(where: str, how: str, done: str) -> StateError:

@@ -23,6 +23,7 @@ from .rows import tensors_in
 if TYPE_CHECKING:
     from ..engine.switch import Call, Switch
 
+NOBODY = ("", "__base__")  # where a name of an adapter stands for none
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -158,9 +159,10 @@ class Turn:
                 turns.wait(self.me, self.before)
             if now is switch.current():
                 break  # else another choice came before this one was noted
-        if any(name not in switch.configs and name != "__base__" for name in names):
+        gone = [n for n in names if n not in switch.configs and n not in NOBODY]
+        if gone:
             self.__exit__()
-            switch.check(tuple(name for name in names if name != "__base__"))
+            switch.check(tuple(gone))
         return now
 
     def __exit__(self, *_: Any) -> None:

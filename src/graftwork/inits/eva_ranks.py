@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibrate.layers import loras
-from ..engine.inject import inject
-from ..engine.root import delete
+from ..engine.inject import delete, inject
 from ..engine.tree import hosts
 from ..errors import warn
 from ..methods.lora import LoRA

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import PeftConfig
 from ..engine import inject as injection
-from ..engine.root import Grafted, delete
+from ..engine.root import Grafted
 from ..errors import StateError
 from ..files.atomic import settled
 from ..files.codec import LoadReport
@@ -94,7 +94,7 @@ def _add(
     try:
         report = set_peft_model_state_dict(model, tensors, name)
     except BaseException:
-        Grafted.around(model).unload() if first else delete(model, switch, (name,))
+        Grafted.around(model).unload() if first else injection.delete(model, switch, (name,))
         raise
     model.peft_config, model._hf_peft_config_loaded = switch.configs, True
     set_adapter(model, name, config.inference_mode)

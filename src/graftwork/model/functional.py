@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig, TargetConfig
 from ..engine import inject as injection
 from ..engine.forwards import each_forward
-from ..engine.root import Grafted, delete
+from ..engine.inject import delete
+from ..engine.root import Grafted
 from ..engine.switch import Switch
 from ..engine.tree import hosts, inside
 from ..errors import FileError, StateError

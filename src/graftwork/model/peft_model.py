@@ -384,7 +384,7 @@ def _unwrapped(model: nn.Module, adapter_name: str) -> nn.Module:
     )
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in switch.configs:
-        from ..engine.root import delete
+        from ..engine.inject import delete
 
         delete(model, switch, (adapter_name,))
     return model

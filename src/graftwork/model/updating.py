@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..engine.root import Grafted, delete
+from ..engine.inject import delete
+from ..engine.root import Grafted
 from ..errors import POLICY, StateError
 
 if TYPE_CHECKING:
