@@ -116,6 +116,7 @@ class Loader:
             self.file_config = self.config
         self.tensors = elsewhere | contents.tensors
         self.reading: Reading | None = None  # another one than as it is
+        self.reason = ""  # why there is none
 
     def bring(self, model: nn.Module, name: str, put: Any, drop: Any) -> Any:
         """Put the adapter in place and fill it; where it does not fit as it is, and just one other
@@ -169,6 +170,7 @@ class Loader:
         if found is None:
             if error is not None:
                 raise TargetError(f"{error}\n{reader.why(self.source)}") from error
+            self.reason = reader.reason
             return False
         self.config = self.file_config = found.config
         self.tensors, self.start = found.tensors, found.beside(self.start)
@@ -252,7 +254,9 @@ class Loader:
     def _hint(self, base: nn.Module) -> str:
         saved = self.note.get("identity")
         found = identity.differences(base, saved) if saved else []
-        return f" (the base model differs in {'; '.join(found)})" if found else ""
+        differs = [f"the base model differs in {'; '.join(found)}"] if found else []
+        other = [f"under other names too, {self.reason}"] if self.reason else []
+        return f" ({'. '.join(differs + other)})" if differs or other else ""
 
     def _check_base(self, base: nn.Module) -> None:
         saved = self.note.get("identity")
