@@ -94,8 +94,9 @@ def test_combined_swapped_and_injected(tree: Any, names: list[str], whole: bool)
 
 @pytest.mark.fault("A3")
 def test_adapters_of_transformers(tmp_path: Path) -> None:
-    report = run_program("names/names_program.py", str(tmp_path))
-    assert set(report) == set(ADAPTERS)
+    step = 1 if EXAMPLES > 8 else 6
+    report = run_program("names/names_program.py", str(tmp_path), str(step))
+    assert set(report) == set(ADAPTERS[::step])
     for name, found in report.items():
         assert found == {"loaded": 0.0, "keys": [], "left": []}, f"{name}: {found}"
 
