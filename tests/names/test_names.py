@@ -43,7 +43,7 @@ class Trial:
         self, entry: Entry, tree: Any, names: list[str], extras: tuple[bool, bool]
     ) -> None:
         self.entry, self.tree, self.names = entry, tree, names
-        self.extras = extras
+        self.extras, self.plain = extras, self.base()
 
     def base(self) -> Any:
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ class Trial:
     def config(self, config: Any, **options: Any) -> Any:
         """The config at this model's layers."""
         if self.entry.kinds:
-            base = self.base()
+            base = self.plain
             tokens = config.method == "TRAINABLE_TOKENS"
             config.target_modules = {base.embed} if tokens else set(base.layers)
             for name in getattr(config, "SUBSETS", ()):
@@ -69,7 +69,7 @@ class Trial:
     def options(self) -> dict[str, Any]:
         if not self.entry.kinds:
             return {}
-        base, (saved, tokens) = self.base(), self.extras
+        base, (saved, tokens) = self.plain, self.extras
         tokens = tokens and self.entry.config().method != "TRAINABLE_TOKENS"
         return {
             **({"modules_to_save": [base.head]} if saved else {}),
@@ -86,7 +86,7 @@ class Trial:
         other = self.config((entry.other or entry.config)())
         model = entry.setup.attach(model, other, second, IDS)
         if entry.kinds:
-            lora = LoraConfig(r=2, target_modules=set(self.base().layers), bias="all")
+            lora = LoraConfig(r=2, target_modules=set(self.plain.layers), bias="all")
             model.add_adapter(third, lora)
         model.set_requires_grad(self.own)
         shake(model)
@@ -165,7 +165,7 @@ def ends(trial: Trial, model: Any, want: dict[str, Tensor]) -> None:
     with torch.no_grad(), model.using("renamed"):
         assert torch.equal(model(IDS, **trial.entry.call), want[first])
     model.base_model.rename_adapter("renamed", first)
-    base = trial.base()
+    base = trial.plain
     model.delete_adapter(second)
     assert second not in model.peft_config
     plain = model.unload() if trial.extras[0] else unmerged(model, first)

@@ -75,7 +75,7 @@ def sites(names: Iterable[str]) -> dict[str, set[str]]:
     for name in names:
         if tail := next((t for t in (A, B, *ROWS) if name.endswith(f".{t}")), None):
             found.setdefault(name.removesuffix(f".{tail}"), set()).add(tail)
-    return {path: tails for path, tails in found.items() if {A, B} <= tails}
+    return found
 
 
 def choices(
@@ -116,20 +116,16 @@ def _cut(paths: Sequence[str], whole: str, parts: tuple[str, ...]) -> list[Piece
 
 def _experts(paths: Sequence[str], stacked: Mapping[str, str]) -> list[Piece]:
     """The pieces for stacked experts, of which a file has each as a layer of its own."""
-    found: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    found: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         at = re.fullmatch(r"(.*\bexperts)\.(\d+)\.([^.]+)", path)
         if at and at[3] in stacked:
-            here = found.setdefault((at[1], stacked[at[3]]), {})
-            here.setdefault(int(at[2]), {})[at[3]] = path
+            found.setdefault((at[1], stacked[at[3]]), set()).add(int(at[2]))
     pieces = []
-    for (front, parameter), each in found.items():
+    for (front, parameter), every in found.items():
         order = [old for old, new in stacked.items() if new == parameter]
-        full = sorted(each) == list(range(len(each))) and all(
-            len(e) == len(order) for e in each.values()
-        )
-        parts = tuple(each[i][old] for i in sorted(each) for old in order if old in each[i])
-        pieces += [Piece(front, parts, None, parameter)] if full else []
+        parts = tuple(f"{front}.{i}.{old}" for i in range(max(every) + 1) for old in order)
+        pieces.append(Piece(front, parts, None, parameter))
     return pieces
 
 
@@ -164,6 +160,8 @@ def made(piece: Piece, of: Mapping[str, Factors], outs: Sequence[int], experts: 
 
 def _whole(parts: Sequence[str], of: Mapping[str, Factors], out: int, path: str) -> Factors:
     here = {part: of[part] for part in parts if part in of}
+    if not here:
+        raise FileError(f"the file has nothing for {parts[0]}")
     outs = _outs(parts, {part: one.out for part, one in here.items()}, out, path)
     first = next(iter(here.values()))
     a = torch.cat([one.a for one in here.values()])
@@ -178,9 +176,8 @@ def _whole(parts: Sequence[str], of: Mapping[str, Factors], out: int, path: str)
         row += rows
     tails = {tail for one in here.values() for tail in one.rows}
     if lost := [p for p in parts for t in tails if p not in here or t not in here[p].rows]:
-        raise FileError(
-            f"{sorted(tails)[0]} of {lost[0]} is not in the file, so {path} is not whole"
-        )
+        what = f"{sorted(tails)[0]} of {lost[0]}"
+        raise FileError(f"{what} is not in the file, so that of {path} would not be whole")
     joined = {t: torch.cat([one.rows[t].flatten() for one in here.values()]) for t in tails}
     return Factors(a, b, first.scale, joined)
 

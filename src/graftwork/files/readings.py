@@ -22,7 +22,9 @@ from ..errors import FileError
 from ..targets.offer import Offer
 from ..targets.plan import plan
 from . import align, codec, fuse
-from .relocate import Relocation
+from .relocate import Relocation, means
+
+UNFIT = "it does not fit"
 
 
 @dataclass
@@ -61,10 +63,12 @@ class Reading:
         pairs = [(old, new) for old, new in self.renamed.items() if old != new]
         if self.edits and pairs:
             old, new = pairs[0]
-            text.append(f"{old} there is {new} here; give key_mapping={self.edits} to say so")
+            text.append(
+                f"What is {old} there is {new} here; key_mapping={self.edits} says the same"
+            )
         if self.fused:
             text.append(
-                f"the updates of {len(self.fused)} layers were made of those in the file, exactly, "
+                f"The updates of {len(self.fused)} layers were made of those in the file, exactly, "
                 f"e.g. that of {self.fused[0]}, which are fused in one of the two models"
             )
         return ". ".join([*text, f"All {len(self.tensors)} tensors fit and are loaded"])
@@ -121,13 +125,18 @@ class Reader:
                     found.setdefault(key, one)
         return list(found.values())
 
+    @property
+    def reason(self) -> str:
+        """Why the reading that came nearest does not fit."""
+        return max(self.reasons, key=lambda text: not text.startswith(UNFIT), default="")
+
     def why(self, where: object) -> str:
         """Why no reading fits: the layers of both sides, and the first reason that was found."""
         known = set(self.paths)
         lost = [n for n in self.names if align.owner(n, known) is None]
         sides = align.beside(lost, [p for p in self.paths if self.offer.adaptable(p)])
         text = f"What {where} names is not there under other names either"
-        text += f": {self.reasons[0]}" if self.reasons else ""
+        text += f": {self.reason}" if self.reason else ""
         return (
             f"{text}. Its names and the model's layers, numbers as *:\n{sides}" if sides else text
         )
@@ -203,7 +212,7 @@ class _Try:
                 tensors |= _written(f"{path}.{part.prefix}", part, one)
         report, _ = codec.compare(nn.Module(), owned, tensors)
         if not report.ok:
-            raise FileError(f"it does not fit: {report}")
+            raise FileError(f"{UNFIT}: {report}")
         renamed = {n: self.new[n] for n in self.names if n != self.new[n]}
         fused = [path for path, _ in factors]
         paths = {old: new for new, old in self.at.items()}
@@ -220,12 +229,16 @@ class _Try:
         of = {}
         for path, tails in fuse.sites(reader.tensors).items():
             held = {tail: reader.tensors[f"{path}.{tail}"] for tail in tails}
+            if lost := {fuse.A, fuse.B} - tails:
+                raise FileError(f"it has no {lost.pop()} for {path}")
             a, b, here = held.pop(fuse.A), held.pop(fuse.B), config.at(path)
             if (a.ndim, len(a)) != (2, here.r):  # type: ignore[attr-defined]
                 raise FileError(f"{path} has another rank in the config than in the file")
             of[path] = fuse.Factors(a, b, _scale(here, len(a)), held)
         found = {}
         for piece in self.pieces.values():
+            if lost := {part for part in piece.parts if part not in of and means(config, part)}:
+                raise FileError(f"it has nothing for {min(lost)}, which the config means")
             path = str(align.owner(self.new[piece.name], self.known))
             experts, outs = 0, [_out(reader.offer, path)]
             if piece.parameter:

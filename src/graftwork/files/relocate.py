@@ -119,7 +119,7 @@ class Relocation:
                 continue
             was = front + path.removeprefix(_body(path))
             for one in _before(was):
-                if _means(old, one) and not any(f"{path}.".startswith(f"{s}.") for s in self.saved):
+                if means(old, one) and not any(f"{path}.".startswith(f"{s}.") for s in self.saved):
                     raise FileError(f"it has nothing for {path}, which the config means")
 
 
@@ -132,7 +132,8 @@ def _before(path: str) -> Iterator[str]:
         yield from (f"{front}.{whole}" for _ in range(leaf in parts))
 
 
-def _means(config: Any, path: str) -> bool:
+def means(config: Any, path: str) -> bool:
+    """Whether a config names a layer, by its path in the config's own model."""
     wanted, out = config.target_modules, config.exclude_modules
     blocks = config.layers_to_transform
     if blocks not in (None, []):

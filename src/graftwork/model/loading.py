@@ -99,6 +99,7 @@ class Loader:
         self.source = Source(model_id, **{k: v for k, v in options.items() if k in known})
         self.key_mapping, self.allow_pickle = key_mapping, bool(options.get("allow_pickle"))
         self.reading: Reading | None = None  # another one than as it is
+        self.reason = ""  # why there is none
         settled(self.source.at, partial(self._read, config, is_trainable))
 
     def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
@@ -192,6 +193,7 @@ class Loader:
         if found is None:
             if error is not None:
                 raise TargetError(f"{error}\n{reader.why(self.source)}") from error
+            self.reason = reader.reason
             return False
         self.config = self.file_config = found.config
         self.tensors, self.start = found.tensors, found.beside(self.start)
@@ -288,7 +290,9 @@ class Loader:
     def _hint(self, base: nn.Module) -> str:
         saved = self.note.get("identity")
         found = identity.differences(base, saved) if saved else []
-        return f" (the base model differs in {'; '.join(found)})" if found else ""
+        differs = [f"the base model differs in {'; '.join(found)}"] if found else []
+        other = [f"under other names too, {self.reason}"] if self.reason else []
+        return f" ({'. '.join(differs + other)})" if differs or other else ""
 
     def _check_base(self, base: nn.Module) -> None:
         saved = self.note.get("identity")
