@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class GraftworkError(Exception):
     """Base of every error that this library raises on purpose."""
+
+    def __new__(cls, *args: Any) -> GraftworkError:
+        """Of the classes, too, that PEFT's error has, under ``as_peft()``."""
+        kinds = _worded(*args)[1] if len(args) == 1 else ()
+        more = tuple(kind for kind in kinds if not issubclass(cls, kind))
+        made: type[GraftworkError] = type(cls.__name__, (cls, *more), {}) if more else cls
+        return super().__new__(made, *args)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*((_worded(*args)[0],) if len(args) == 1 else args))
 
 
 class TargetError(GraftworkError, ValueError):
@@ -38,9 +49,13 @@ class PeftWarning(UserWarning):
 
 @dataclass
 class Policy:
-    """What happens where PEFT only warns; ``as_peft()`` turns errors into warnings here."""
+    """What happens where PEFT only warns; ``as_peft()`` turns errors into warnings here.
+
+    ``words`` gives a message the words that programs match in PEFT's, and its classes.
+    """
 
     lenient: bool = False
+    words: Callable[[str], tuple[str, tuple[type, ...]]] | None = None
 
 
 POLICY = Policy()
@@ -60,7 +75,24 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 def warn(message: str, category: type[Warning] = PeftWarning) -> None:
     """Warn at the line of the user's program, not at a line of this library."""
-    warnings.warn(message, category, stacklevel=_depth_of_user_code())
+    text, kinds = _worded(message)
+    for kind in kinds:
+        if issubclass(kind, Warning):
+            category = kind
+        elif issubclass(kind, Exception):
+            raise kind(message)
+    warnings.warn(text, category, stacklevel=_depth_of_user_code())
+
+
+def worded(message: str) -> str:
+    """A message as ``POLICY`` has it."""
+    return str(_worded(message)[0])
+
+
+def _worded(message: Any) -> tuple[Any, tuple[type, ...]]:
+    if POLICY.words is None or not isinstance(message, str):
+        return message, ()
+    return POLICY.words(message)
 
 
 def _depth_of_user_code() -> int:

@@ -89,7 +89,9 @@ def save(
         config = copy(config)
         config.inference_mode = True
         config.base_model_name_or_path = (
-            config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
+            config.base_model_name_or_path
+            or model.get_base_model().__dict__.get("name_or_path")
+            or None
         )
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
