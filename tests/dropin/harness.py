@@ -98,6 +98,7 @@ def main(which: str, wanted: Sequence[str]) -> None:
     import programs_layers  # noqa: F401 - they register themselves
     import programs_models  # noqa: F401
     import programs_texts  # noqa: F401
+    import programs_training  # noqa: F401
 
     sys.modules.setdefault("harness", sys.modules["__main__"])
     results = {name: run(f, peft) for name, f in PROGRAMS.items() if not wanted or name in wanted}

@@ -295,20 +295,29 @@ class Kept:
         return Kept, ()
 
 
+def _gather(module: nn.Module, held: list[Any]) -> None:
+    """A module, its tensors, and those below; without a generator for each level."""
+    held.append(module)
+    held += module._parameters.values()
+    held += module._buffers.values()
+    for child in module._modules.values():
+        if child is not None:
+            _gather(child, held)
+
+
 def shape(host: Host) -> Shape:
     """PEFT's shape of a host; made again where its adapters or their tensors have changed."""
     kept = host.__dict__.get("_peft_shape")
     if kept is None:
         kept = host.__dict__["_peft_shape"] = Kept()
-    owners = [host.adapters, *host.adapters._modules.values(), host.base_layer]
-    for name in host.adapters:
+    held: list[Any] = []
+    _gather(host.adapters, held)
+    _gather(host.base_layer, held)
+    for name in host.adapters._modules:
         for _, part in host.parts_of(name):
-            owners += [part, part.shared, *part.modules()]
-    held: list[list[Any]] = [list(owners)]
-    for owner in owners:
-        if owner is not None:
-            held += [list(owner._parameters.values()), list(owner._buffers.values())]
-    key = [tuple(map(id, group)) for group in held], tuple(host.adapters), host.switch.active
+            if (shared := part.shared) is not None:
+                held += [shared, *shared._parameters.values()]
+    key = list(map(id, held)), tuple(host.adapters._modules), host.switch.active
     if kept.key != key:
         kept.shape, kept.key, kept.held = _Builder(host).shape(), key, held
     assert kept.shape is not None
