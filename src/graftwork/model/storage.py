@@ -92,7 +92,7 @@ def _content(
         config, tensors = config.for_peft(base, tensors)
     config = copy(config)
     config.inference_mode = True
-    config.base_model_name_or_path = config.base_model_name_or_path or base.__dict__.get(
-        "name_or_path"
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
     )
     return config, tensors

@@ -181,17 +181,6 @@ def hotswap_adapter_from_state_dict(
     return _swap(model, adapter_name, config, tensors, "the state dict")
 
 
-def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Whether an adapter of the second config could be swapped into the place of the first.
-
-    Raises:
-        StateError: what differs is no tensor data.
-    """
-    from ..updates.hotswap import check
-
-    check(config0, config1, "the new adapter")
-
-
 def _swap(
     model: nn.Module, name: str, config: Any, tensors: dict[str, Tensor], where: str
 ) -> LoadReport:

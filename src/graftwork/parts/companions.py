@@ -11,6 +11,7 @@ from ..engine.adapter import Adapter
 from ..engine.host import Host
 from ..engine.module import part_key
 from ..engine.site import ParameterSite, kind_of
+from ..engine.tree import hosts
 from ..errors import StateError, TargetError
 from ..targets.experts import spell_out
 from ..targets.match import Match, within
@@ -53,7 +54,7 @@ def _saved(match: Match) -> Iterator[Slot]:
                 f"modules_to_save cannot copy {path}, a {type(module).__name__}, which is never "
                 "called; name the modules in it"
             )
-        if any(isinstance(m, Host) for m in module.modules()):
+        if hosts(module):
             raise StateError(
                 f"modules_to_save names {path}, in which another adapter already sits; name a "
                 "module beside it, or delete that adapter first"
