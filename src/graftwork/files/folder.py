@@ -177,7 +177,10 @@ def config_of(source: Source, note: Mapping[str, Any] | None = None) -> PeftConf
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileError(f"{path} is no JSON: {error}") from error
     if not isinstance(data, dict) or "peft_type" not in data:
-        raise FileError(f"{path} has no 'peft_type', so it is no adapter's config")
+        raise FileError(
+            f"{path} has no 'peft_type', so it is no adapter's config; give the folder that "
+            "save_pretrained wrote"
+        )
     if data["peft_type"] not in METHODS:
         raise FileError(
             f"{path} is of the method {data['peft_type']!r}; this version has {sorted(METHODS)}"

@@ -111,7 +111,10 @@ def shards_of(folder: Path) -> list[Shard]:
             raise FileError(f"{index} is no index of shards: {error!r}") from error
         outside = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]
         if outside:
-            raise FileError(f"{index} names files outside of its folder: {outside[:3]}")
+            raise FileError(
+                f"{index} names files outside of its folder: {outside[:3]}, so it is not to be "
+                "trusted; fetch the model again"
+            )
     elif (folder / SINGLE).is_file():
         names = {SINGLE: None}
     else:
@@ -187,6 +190,8 @@ def _put(file: Any, one: Piece) -> None:
         while left:
             block = source.read(min(left, CHUNK))
             if not block:
-                raise FileError(f"{one.source.path} is shorter than its header says")
+                raise FileError(
+                    f"{one.source.path} is shorter than its header says; fetch it again"
+                )
             file.write(block)
             left -= len(block)
