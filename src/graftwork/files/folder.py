@@ -127,7 +127,10 @@ def config_in(text: bytes, where: Any) -> PeftConfig:
 
     data = parsed(text, where)
     if not isinstance(data, dict) or "peft_type" not in data:
-        raise FileError(f"{where} has no 'peft_type', so it is no adapter's config")
+        raise FileError(
+            f"{where} has no 'peft_type', so it is no adapter's config; give the folder that "
+            "save_pretrained wrote"
+        )
     if not isinstance(kind := data["peft_type"], str) or kind not in METHODS:
         raise FileError(
             f"{where} is of the method {shown(kind)}; this version has {sorted(METHODS)}"

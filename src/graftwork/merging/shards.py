@@ -152,6 +152,8 @@ def _put(file: Any, one: Piece) -> None:
         while left:
             block = source.read(min(left, CHUNK))
             if not block:
-                raise FileError(f"{one.source.path} is shorter than its header says")
+                raise FileError(
+                    f"{one.source.path} is shorter than its header says; fetch it again"
+                )
             file.write(block)
             left -= len(block)

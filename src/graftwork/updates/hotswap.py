@@ -176,7 +176,10 @@ def _pairs(model: nn.Module, name: str, parts: Any, where: str) -> list[tuple[Ad
             silent.B.zero_()
             pairs.append((old, silent))
         else:
-            raise FileError(f"{where} lacks {place[0]}, at which the adapter sits")
+            raise FileError(
+                f"{where} lacks {place[0]}, at which the adapter sits; load it with load_adapter "
+                "under a name of its own"
+            )
     return pairs
 
 
