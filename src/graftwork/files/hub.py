@@ -78,6 +78,7 @@ class Source:
             RepositoryNotFoundError,
         )
 
+        client: Any = HfHubHTTPError.__bases__[0]  # the error of whichever client the hub uses
         try:
             return Path(
                 hf_hub_download(self.where, name, subfolder=self.subfolder or None, **self.options)
@@ -94,7 +95,7 @@ class Source:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
             ) from error
-        except (HfHubHTTPError.__bases__[0], OSError, RuntimeError) as error:  # of the hub's client
+        except (client, OSError, RuntimeError) as error:
             raise FileError(
                 f"fetching {name} of {self} from the hub broke off: {error!r}. Nothing was loaded; "
                 "try again, or fetch it with `hf download` and give its folder"
