@@ -1,5 +1,5 @@
 """Saving where the system refuses: "full" past a limit of the size of files, "readonly" without the
-right to write, "writers ROUNDS" with two processes at once. Prints JSON.
+right to write; and "writers", two processes at once, so many ROUNDS. Prints JSON.
 """
 
 from __future__ import annotations
@@ -98,18 +98,18 @@ def writers(tried: Tried, rounds: int) -> dict[str, Any]:
     return {"statuses": list(ended.values()), **found, "left": left}
 
 
-def main(how: str, *more: str) -> Any:
-    report = {}
+def main(rounds: int) -> Any:
+    report: dict[str, Any] = {"full": {}, "readonly": {}, "writers": {}}
     for name in ("several", "X-LoRA", "in training", "config"):
         with tempfile.TemporaryDirectory() as where:
             tried = Tried(name, SHAPES[name], Path(where))
-            if how == "writers":
-                report[name] = writers(tried, int(more[0]))
-            else:
-                report[name] = refused(tried, Path(where), small if how == "full" else powerless)
+            report["full"][name] = refused(tried, Path(where), small)
+            report["writers"][name] = writers(tried, rounds)
+            tried.savers[0](tried.folder)
+            report["readonly"][name] = refused(tried, Path(where), powerless)
     return report
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(*sys.argv[1:])))
+    print(json.dumps(main(int(sys.argv[1]))))

@@ -87,7 +87,7 @@ class Source:
             RepositoryNotFoundError,
         )
 
-        broken: Any = HfHubHTTPError.__bases__[0]  # of the hub's client
+        client: Any = HfHubHTTPError.__bases__[0]  # the error of whichever client the hub uses
         try:
             return Path(
                 hf_hub_download(self.where, name, subfolder=self.subfolder or None, **self.options)
@@ -104,7 +104,7 @@ class Source:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
             ) from error
-        except (broken, OSError, RuntimeError) as error:
+        except (client, OSError, RuntimeError) as error:
             raise FileError(
                 f"fetching {name} of {self} from the hub broke off: {error!r}. Nothing was loaded; "
                 "try again, or fetch it with `hf download` and give its folder"
