@@ -289,10 +289,9 @@ class PeftModel(Reports, Updating):
         _refuse_offload(ephemeral_gpu_offload)
         loader = loading.Loader(model_id, config, is_trainable, key_mapping, kwargs)
         wanted = cls if cls is not PeftModel else class_for(loader.config)
-        fresh = switch_of(model) is None
+        fresh, options = switch_of(model) is None, (adapter_name, autocast_adapter_dtype)
 
         def put() -> PeftModel:
-            options = adapter_name, autocast_adapter_dtype
             return wanted(model, loader.config, *options, start=False)
 
         def drop(placed: PeftModel) -> None:
