@@ -92,6 +92,62 @@ def test_combined_swapped_and_injected(tree: Any, names: list[str], whole: bool)
     assert torch.equal(answer(bare, first), one)
 
 
+LIKE_WRAPPERS = [
+    (("base_model", "model"), ("e", "layers", "head"), ("up", "down", "norm")),
+    (("base_model",), ("model", "layers", "head"), ("up", "down", "norm")),
+    (("_orig_mod",), ("e", "_orig_mod", "head"), ("_orig_mod", "down", "norm")),
+    (("m",), ("e", "_fsdp_wrapped_module", "head"), ("up", "_checkpoint_wrapped_module", "n")),
+    (("/",), ("/x", "/", "head"), ("/", "a:b", "::")),
+]
+
+
+@pytest.mark.fault("A3")
+@pytest.mark.parametrize("tree", LIKE_WRAPPERS, ids=str)
+def test_paths_that_look_like_those_of_wrappers(tree: Any, tmp_path: Path) -> None:
+    plain = base(tree)
+    for name, config in {
+        "lora": LoraConfig(r=2, target_modules=plain.layers, modules_to_save=[plain.head]),
+        "vera": g.VeraConfig(r=2, target_modules=plain.layers),
+        "ada": g.AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=plain.layers),
+    }.items():
+        model = get_peft_model(base(tree), config).eval()
+        shake(model)
+        assert {row.site for row in model.adapters()} >= plain.layers
+        model.save_pretrained(tmp_path / name)
+        loaded = PeftModel.from_pretrained(base(tree), tmp_path / name, is_trainable=True).eval()
+        assert torch.equal(answer(loaded, "default"), answer(model, "default"))
+        bare = inject_adapter_in_model(config, base(tree))
+        shake(bare, seed=4)
+        want = answer(bare, "default")
+        tensors = {n: t.clone() for n, t in get_peft_model_state_dict(bare).items()}
+        shake(bare, seed=5)
+        set_peft_model_state_dict(bare, tensors)
+        assert torch.equal(answer(bare, "default"), want)
+
+
+@pytest.mark.fault("A3")
+def test_a_parameter_with_a_colon(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_parameter("a:b", nn.Parameter(torch.randn(3, 8, 8)))
+            self.is_transposed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("eoi,bi->bo", getattr(self, "a:b"), x)
+
+    x = torch.randn(4, 8)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["0.a:b"])
+    model = get_peft_model(nn.Sequential(Odd()), config).eval()
+    shake(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(nn.Sequential(Odd()), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    model.merge_adapter()
+    close(model(x), loaded(x))
+
+
 @pytest.mark.fault("A3")
 def test_adapters_of_transformers(tmp_path: Path) -> None:
     step = 1 if EXAMPLES > 8 else 6

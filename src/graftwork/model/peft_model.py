@@ -305,10 +305,10 @@ class PeftModel(Reports, Merging, Updating):
         _refuse_offload(ephemeral_gpu_offload)
         loader = loading.Loader(model_id, config, is_trainable, key_mapping, kwargs)
         wanted = cls if cls is not PeftModel else class_for(loader.config)
-        fresh = switch_of(model) is None
+        fresh, options = switch_of(model) is None, (adapter_name, autocast_adapter_dtype)
 
         def put() -> PeftModel:
-            return wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
+            return wanted(model, loader.config, *options, start=False)
 
         def drop(placed: PeftModel) -> None:
             placed.base_model.unload() if fresh else placed.delete_adapter(adapter_name)
