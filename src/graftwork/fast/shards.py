@@ -76,7 +76,7 @@ def class_of(model: nn.Module) -> type[nn.Module]:
 def sharding(modules: Iterable[nn.Module] = ()) -> bool:
     """Whether this program can hold anything in parts at all, or these modules."""
     first = next((p for module in modules for p in module.parameters()), None)
-    return TENSOR in sys.modules or hasattr(first, "ds_shape")  # which ZeRO-3 gives to each
+    return meeting() or hasattr(first, "ds_shape")  # which ZeRO-3 gives to each
 
 
 def gathers(model: nn.Module) -> bool:
@@ -84,10 +84,14 @@ def gathers(model: nn.Module) -> bool:
     return first_generation(model) or any(map(split, model.parameters()))
 
 
+def meeting() -> bool:
+    """Whether this process has to do with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank() -> int:
     """The number of this process."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if there else 0
+    return torch.distributed.get_rank() if meeting() else 0
 
 
 def readable_now(module: Any) -> Any:
@@ -95,7 +99,7 @@ def readable_now(module: Any) -> Any:
     in which they are, and others find parts. Those are gathered here, and what comes back is the
     mean of all processes' gradients, as FSDP has it.
     """
-    if torch.compiler.is_compiling() or module is None or TENSOR not in sys.modules:
+    if torch.compiler.is_compiling() or module is None or not meeting():
         return module
     whole = {n: _gathered(p) for n, p in module._parameters.items() if split(p)}
     inner = {n: readable_now(m) for n, m in module._modules.items()}
@@ -159,7 +163,7 @@ def readable(layer: nn.Module, where: str) -> Iterator[None]:
 
 def first_generation(model: nn.Module) -> bool:
     """Whether a model is sharded by FullyShardedDataParallel, which flattens what it holds."""
-    home = sys.modules.get(FSDP)
+    home = sys.modules.get(FSDP) if meeting() else None
     return home is not None and any(
         isinstance(m, home.FullyShardedDataParallel) for m in model.modules()
     )
