@@ -54,6 +54,11 @@ LOADER_OPTIONS = (
 )
 
 
+def _name_of(model: PeftModel) -> str | None:
+    """Where the base model came from, where it knows."""
+    return vars(model.get_base_model()).get("name_or_path") or None
+
+
 def save(
     model: PeftModel,
     directory: str | os.PathLike[str],
@@ -88,11 +93,7 @@ def save(
             config, tensors = config.for_peft(model.get_base_model(), tensors)
         config = copy(config)
         config.inference_mode = True
-        config.base_model_name_or_path = (
-            config.base_model_name_or_path
-            or model.get_base_model().__dict__.get("name_or_path")
-            or None
-        )
+        config.base_model_name_or_path = config.base_model_name_or_path or _name_of(model)
         target = folder if name == "default" else folder / name
         start = {} if plain else starts.state(model.get_base_model(), name)
         beside = {"training": training_state(model, name), "start": start}
