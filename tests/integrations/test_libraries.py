@@ -60,7 +60,9 @@ def run(program: str, folder: Path, own: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = both(program, folder)
     assert ours.pop("the_page") == "it runs"
     for name, want in own.items():
-        assert ours.pop(name) == pytest.approx(want, abs=1e-6), name
+        got = ours.pop(name)
+        want = pytest.approx(want, abs=1e-6) if isinstance(want, float) else want
+        assert got == want, name
         theirs.pop(name, None)
     assert list(differences(ours, theirs)) == []
     return ours
@@ -126,7 +128,7 @@ def test_the_adapters_of_diffusers(tmp_path: Path) -> None:
         for got in swapped[f"swapped {name}"]:
             assert got == pytest.approx(swapped[name], abs=1e-5)
     assert swapped["compilations"] == 0
-    assert found["fused"]["kept"] == found["fused"]["half"][:1] + found["fused"]["kept"][1:]
+    assert found["fused"]["kept"][0] == pytest.approx(found["fused"]["half"][0], abs=1e-5)
 
 
 @pytest.mark.slow
