@@ -122,7 +122,7 @@ def test_the_adapters_of_diffusers(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     found = run("diffusers_program", tmp_path, {"uneven": 0.0})
     loaded, swapped = found["loaded_and_weighted"], found["hotswapped"]
-    assert loaded["one"] == loaded["one_again"] and loaded["unloaded"][0] == loaded["base"]
+    assert loaded["one"][0] == loaded["one_again"] and loaded["unloaded"][0] == loaded["base"]
     assert loaded["one"][0] != loaded["base"] and loaded["layers"] == [0, 0]
     for name in ("large", "small"):
         for got in swapped[f"swapped {name}"]:
