@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
-from ..engine.host import Host, no_autocast, steady
+from ..engine.host import Host, steady
 from ..engine.inject import inject
 from ..engine.module import PARAM
 from ..engine.site import Site
@@ -20,6 +20,7 @@ from ..engine.switch import Switch
 from ..engine.ties import Tied
 from ..engine.tree import hosts, walk
 from ..errors import StateError
+from ..fast.tensors import no_autocast
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
 from ..parts.tokens import Tokens
