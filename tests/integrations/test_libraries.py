@@ -60,7 +60,9 @@ def run(program: str, folder: Path, own: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = both(program, folder)
     assert ours.pop("the_page") == "it runs"
     for name, want in own.items():
-        assert ours.pop(name) == pytest.approx(want, abs=1e-6), name
+        got = ours.pop(name)
+        want = pytest.approx(want, abs=1e-6) if isinstance(want, float) else want
+        assert got == want, name
         theirs.pop(name, None)
     assert list(differences(ours, theirs)) == []
     return ours
@@ -120,13 +122,13 @@ def test_the_adapters_of_diffusers(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="needs diffusers")
     found = run("diffusers_program", tmp_path, {"uneven": 0.0})
     loaded, swapped = found["loaded_and_weighted"], found["hotswapped"]
-    assert loaded["one"] == loaded["one_again"] and loaded["unloaded"][0] == loaded["base"]
+    assert loaded["one"][0] == loaded["one_again"] and loaded["unloaded"][0] == loaded["base"]
     assert loaded["one"][0] != loaded["base"] and loaded["layers"] == [0, 0]
     for name in ("large", "small"):
         for got in swapped[f"swapped {name}"]:
             assert got == pytest.approx(swapped[name], abs=1e-5)
     assert swapped["compilations"] == 0
-    assert found["fused"]["kept"] == found["fused"]["half"][:1] + found["fused"]["kept"][1:]
+    assert found["fused"]["kept"][0] == pytest.approx(found["fused"]["half"][0], abs=1e-5)
 
 
 @pytest.mark.slow
