@@ -17,6 +17,7 @@ from ..engine.adapter import Additive
 from ..engine.host import NAMES, Host
 from ..engine.tree import inside
 from ..errors import StateError, warn
+from ..model.scales import put
 from .classes import is_own, methods_at
 from .facts import LAYERS, SHOWN
 from .tree import shape
@@ -258,7 +259,7 @@ def set_scale(host: Host, adapter: str, scale: float) -> None:
     """``scale`` times alpha / r, or alpha / sqrt(r) with rsLoRA."""
     part = own_parts(host).get(adapter)
     if part is not None:
-        part.scale = scale * _initial(host, adapter, part)
+        put(part, scale * _initial(host, adapter, part))
 
 
 def scale_layer(host: Host, scale: float) -> None:
@@ -266,7 +267,7 @@ def scale_layer(host: Host, scale: float) -> None:
     parts = own_parts(host)
     for name in host.switch.active if scale != 1 else ():
         if name in parts:
-            parts[name].scale *= scale
+            put(parts[name], parts[name].scale * scale)
 
 
 def unscale_layer(host: Host, scale: float | None = None) -> None:
@@ -275,11 +276,13 @@ def unscale_layer(host: Host, scale: float | None = None) -> None:
     for name in host.switch.active:
         if name in parts:
             own = parts[name]
-            own.scale = _initial(host, name, own) if scale is None else own.scale / scale
+            put(own, _initial(host, name, own) if scale is None else own.scale / scale)
 
 
 def _initial(host: Host, adapter: str, part: Any) -> float:
-    config: Any = host.switch.configs[adapter].at(host.path, "weight")
+    site = next((site for one, site in _sites(host) if one is part), None)
+    at = "weight" if site is None else site.parameter
+    config: Any = host.switch.configs[adapter].at(host.path, at)
     alpha = getattr(config, "lora_alpha", getattr(config, "alpha", None))
     if alpha is None or (part.rank() is None and not hasattr(config, "r")):
         raise StateError(f"{config.method} has no alpha and rank of which its scale is made")

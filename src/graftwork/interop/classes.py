@@ -44,6 +44,8 @@ class Kind(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, Host):
             return False
+        if not len(instance.adapters):
+            return not cls.methods and cls.around is None
         found = methods_at(instance)
         if not found or (cls.methods and not cls.methods.intersection(found)):
             return False

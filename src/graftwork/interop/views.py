@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..model.scales import put
 
 Home = tuple[nn.Module, str]  # the module that owns a tensor, and its name there
 
@@ -251,7 +252,7 @@ class Values(dict[str, Any]):
                 "the config, before the adapter is made"
             )
         part, times = self.owners[key]
-        part.scale = value / times
+        put(part, value / times)
         super().__setitem__(key, value)
 
     def __delitem__(self, key: str) -> None:

@@ -19,7 +19,7 @@ def set_scale(host: Host, adapter: str, scale: float) -> None:
     """
     for key, part in host.parts_of(adapter):
         if not part.replaces:
-            _put(part, scale * _configured(host, adapter, key))
+            put(part, scale * _configured(host, adapter, key))
 
 
 @verb
@@ -29,7 +29,7 @@ def scale_layer(host: Host, scale: float) -> None:
         for key, part in host.parts_of(name) if scale != 1 else ():
             if not part.replaces:
                 _configured(host, name, key)
-                _put(part, scale * part.scale)
+                put(part, scale * part.scale)
 
 
 @verb
@@ -57,8 +57,9 @@ def _configured(host: Host, name: str, key: str) -> float:
     return float(alpha / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank))
 
 
-def _put(part: Adapter, value: float | Tensor) -> None:
-    if isinstance(part.scale, Tensor):  # prepared for hot-swapping: compiled code holds it
+def put(part: Adapter, value: float | Tensor) -> None:
+    """Give an adapter another scale, in the place that compiled code holds where there is one."""
+    if isinstance(part.scale, Tensor):  # prepared for hot-swapping
         part.scale.copy_(value if isinstance(value, Tensor) else part.scale.new_tensor(value))
     else:
         part.scale = value

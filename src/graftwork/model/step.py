@@ -5,7 +5,7 @@ arrive, and whether they are numbers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PATIENCE = 16  # watched forwards in a row without any backward, after which no more are
 OPEN: weakref.WeakSet[Step] = weakref.WeakSet()  # steps that an optimizer ends
 _READ: list[set[int]] = []  # of forwards that are watched now: layers whose weights were read
+_SHOWN: list[Callable[[Host], Any]] = []  # what shows a layer's weight otherwise
 _HOOKED: list[Any] = []
 
 
@@ -87,7 +88,8 @@ class Step:
         }.values():
             self.handles.append(module.register_forward_pre_hook(self._note))
         _READ.append(self.read)
-        NAMES["weight"] = _reading
+        if NAMES["weight"] is not _reading:
+            _SHOWN[:], NAMES["weight"] = [NAMES["weight"]], _reading
         hook = self.model.register_forward_hook(self._ended, always_call=True)
         self.handles.append(hook)
 
@@ -112,8 +114,8 @@ class Step:
         self.handles.clear()
         if any(one is self.read for one in _READ):
             _READ[:] = [one for one in _READ if one is not self.read]
-        if not _READ:
-            NAMES.pop("weight", None)
+        if not _READ and _SHOWN:
+            NAMES["weight"] = _SHOWN.pop()
 
     def _reached(self) -> None:
         """Stop where a layer was read by the module around it, and not called."""
@@ -288,9 +290,11 @@ ZERO = "what trains here got a gradient of zeros alone in two steps"
 
 
 def _reading(host: Host) -> Any:
-    for read in _READ:
-        read.add(id(host))
-    return host.base_layer.weight
+    weight = _SHOWN[0](host)
+    if weight is host.base_layer.weight:  # else what an adapter trains in its place has been read
+        for read in _READ:
+            read.add(id(host))
+    return weight
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
