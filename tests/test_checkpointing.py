@@ -71,10 +71,13 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.fault("C1")
-@pytest.mark.parametrize("when", ["before", "after", "on the base", "after a step"])
+@pytest.mark.parametrize(
+    ("method", "when"),
+    [(method, when) for method in METHODS for when in ("before", "after")]
+    + [("lora", "on the base"), ("lora", "after a step")],
+)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_without_it(
     method: str, given: str, reentrant: bool, when: str
 ) -> None:

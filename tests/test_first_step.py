@@ -259,7 +259,7 @@ def test_it_can_be_a_warning_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert not hooks(model)
     model(X).sum().backward()
     monkeypatch.setenv("GRAFTWORK_EFFECT", "warn")
-    assert not Policy().raises() and Policy("error" == "x").effect == "warn"
+    assert not Policy().raises() and Policy().effect == "warn"
     monkeypatch.setenv("GRAFTWORK_EFFECT", "loud")
     with pytest.raises(ValueError, match="GRAFTWORK_EFFECT='loud' is none of error, warn and off"):
         Policy()
@@ -304,7 +304,8 @@ def test_no_method_gives_a_false_alarm(row: str) -> None:
     model = entry.small().train()
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        pytest.skip("it has nothing to train")
+        assert row == "Arrow"  # which is made of adapters that others have trained
+        return
     optimizer = torch.optim.SGD(trained, 1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

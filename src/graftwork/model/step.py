@@ -5,7 +5,7 @@ arrive, and whether they are numbers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ..engine.host import NAMES, Host
 from ..engine.site import Embedding
 from ..engine.tree import hosts, inside, walk
 from ..errors import POLICY, TrainingError, warn
+from ..fast.plain import PLAIN
 from ..fast.rows import tensors_in
 from .effect import CONTAINERS, Named, listed, reads_by_itself, training, without_gradient
 from .fresh import running_statistics, untrained_heads
@@ -150,7 +151,7 @@ class Step:
     def _arrive(self, named: Named, gradient: Tensor) -> None:
         self.arrived.add(named)
         local = getattr(gradient, "_local_tensor", gradient)
-        if not self.scaled:
+        if not self.scaled and type(local) in PLAIN and not local.is_meta:
             self.finite[named] = torch.isfinite(local).all()
         if not self.called:
             self.called = True
@@ -168,7 +169,7 @@ class Step:
     def judge(self) -> None:
         """Stop where a gradient is not finite, or has no way to its tensor."""
         finite, self.finite = self.finite, {}
-        bad = [named for named, fine in finite.items() if not fine]
+        bad = [] if _all(finite.values()) else [n for n, fine in finite.items() if not fine]
         if bad:
             self._give_up(
                 without_gradient("what trains here gets a gradient that is not finite", bad)
@@ -254,7 +255,7 @@ class Step:
         places: dict[str, bool] = {}
         for named in mine:
             grad = self.trained[named].grad
-            if grad is None or hasattr(grad, "_local_tensor"):
+            if grad is None or type(grad) not in PLAIN or grad.is_meta:
                 continue
             places[named[0]] = places.get(named[0], False) or bool(grad.any())
         return {p for p, some in places.items() if not some} if any(places.values()) else set()
@@ -326,6 +327,14 @@ def _parents(model: nn.Module, places: Mapping[str, Host]) -> dict[str, tuple[nn
 
 def _compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _all(flags: Iterable[Tensor]) -> bool:
+    """Whether all of these are true, asked once of each device."""
+    places: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        places.setdefault(flag.device, []).append(flag)
+    return all(bool(torch.stack(own).all()) for own in places.values())
 
 
 def _sharded(model: nn.Module) -> bool:
