@@ -34,6 +34,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.fault("I5")
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", IMPLEMENTATIONS)
 @pytest.mark.parametrize("first", ["graftwork", "transformers"])

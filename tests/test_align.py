@@ -45,6 +45,7 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=IDS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_wrapper_more_less_or_other(name: str, tmp_path: Path) -> None:
     makers = {
@@ -71,6 +72,7 @@ def test_a_wrapper_more_less_or_other(name: str, tmp_path: Path) -> None:
             assert report.ok and len(report.renamed) >= len(report.matched) - 2
 
 
+@pytest.mark.fault("A2")
 def test_two_readings_or_none_are_refused(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -23,6 +23,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 WITH_CODE = [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))]
 
 
+@pytest.mark.fault("L5")
 @pytest.mark.parametrize("page", WITH_CODE, ids=[p.name for p in WITH_CODE])
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
@@ -35,6 +36,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.fault("L5")
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=[p.stem for p in METHOD_PAGES])
 def test_the_example_of_a_method_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

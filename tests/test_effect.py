@@ -41,6 +41,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 IDS = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.fault("J1")
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_pass_as_they_begin_and_nothing_is_changed(name: str, labels: bool) -> None:
@@ -91,6 +92,9 @@ def blocks(how: str = "") -> Any:
     return nn.Sequential(Block(how), nn.Linear(8, 3))
 
 
+@pytest.mark.fault("B5")
+@pytest.mark.fault("C1")
+@pytest.mark.fault("J1")
 @pytest.mark.parametrize(
     ("how", "text"),
     [

@@ -183,6 +183,7 @@ def test_few_rows_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         STATE.pending = None
 
 
+@pytest.mark.fault("F5")
 def test_layers_that_share_an_input_share_its_products() -> None:
     model, x = adapted(), inputs()
     step(model, x)
@@ -201,6 +202,8 @@ def test_layers_that_share_an_input_share_its_products() -> None:
     assert STATE.pending is None and STATE.last is None
 
 
+@pytest.mark.fault("C7")
+@pytest.mark.fault("C9")
 def test_nothing_of_the_dense_update_is_made_and_little_is_kept() -> None:
     model, x = adapted(CONFIGS["dora"]), inputs()
     step(model, x)
@@ -229,6 +232,7 @@ def saved(model: Any, x: Tensor) -> int:
     return sum(n for n in found.values() if n < SIZE["cpu"])
 
 
+@pytest.mark.fault("C7")
 def test_dropout_keeps_nothing() -> None:
     without, x = adapted(), inputs()
     dropping = adapted(LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"))
@@ -332,6 +336,7 @@ def test_an_input_that_was_changed_in_place_is_another_one() -> None:
         same(model(x), want)
 
 
+@pytest.mark.fault("F8")
 def test_threads_do_not_see_each_other() -> None:
     model, found = adapted(), {}
     x = [inputs() + i for i in range(4)]
@@ -410,6 +415,7 @@ def names(y: Tensor) -> set[str]:
     return {node.name() for node in found}
 
 
+@pytest.mark.fault("C6")
 def test_autocast_computes_in_its_dtype_and_keeps_no_copy_of_weights() -> None:
     model, x = adapted(), inputs()
     with torch.autocast("cpu", torch.bfloat16), plain_path():
@@ -461,6 +467,7 @@ def test_what_was_put_on_the_layer_still_runs(kind: str) -> None:
     assert seen == [1, 1]
 
 
+@pytest.mark.fault("H3")
 def test_reports_say_which_path_is_taken_and_why() -> None:
     base = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(8, 8), nn.Linear(8, 8))
     base[2].weight.requires_grad_()
@@ -528,6 +535,7 @@ def test_dropout_scales_what_it_keeps() -> None:
     assert (mean - whole).abs().max() < 0.15 * (whole - base).abs().max()
 
 
+@pytest.mark.fault("C13")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_sharded_model_learns_what_one_process_learns(kind: str) -> None:
     with socket.socket() as free:

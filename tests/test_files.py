@@ -75,6 +75,7 @@ def refused(folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_tensor_must_be_there_once_and_in_shape(config: str, tmp_path: Path) -> None:
     saved(tmp_path, config)
@@ -104,6 +105,7 @@ def test_every_tensor_must_be_there_once_and_in_shape(config: str, tmp_path: Pat
     PeftModel.from_pretrained(build("llama"), tmp_path)
 
 
+@pytest.mark.fault("A1")
 def test_loading_into_an_adapter_is_strict_and_changes_nothing_where_it_fails(
     tmp_path: Path,
 ) -> None:
@@ -244,6 +246,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_adapter(
     assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
 
 
+@pytest.mark.fault("A3")
 def test_several_adapters_lie_in_folders_of_their_names(tmp_path: Path) -> None:
     model = saved(tmp_path / "x")
     model.add_adapter("b", CONFIGS["ia3"]())
@@ -269,6 +272,7 @@ def test_several_adapters_lie_in_folders_of_their_names(tmp_path: Path) -> None:
 # -- what is read
 
 
+@pytest.mark.fault("A11")
 def test_another_base_model_is_noticed(tmp_path: Path) -> None:
     saved(tmp_path)
     with warnings.catch_warnings():
@@ -292,6 +296,7 @@ def refused_by(model: nn.Module, folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.fault("K2")
 def test_a_pickle_is_read_on_request_only(tmp_path: Path) -> None:
     want = run(saved(tmp_path), "llama")
     torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
@@ -341,6 +346,8 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({**data, **changes}))
 
 
+@pytest.mark.fault("A7")
+@pytest.mark.fault("K3")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_folder_is_explained(case: str, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
@@ -350,6 +357,7 @@ def test_a_broken_folder_is_explained(case: str, tmp_path: Path) -> None:
     assert text in refused(folder)
 
 
+@pytest.mark.fault("A7")
 def test_unset_fields_of_newer_versions_are_no_obstacle(tmp_path: Path) -> None:
     want = run(saved(tmp_path), "llama")
     edit(tmp_path, some_new_option=None, another={}, third=False)
@@ -409,6 +417,7 @@ def test_state_dicts_go_in_and_out(tmp_path: Path) -> None:
         graftwork.inject_adapter_in_model(lazy, build("llama"), state_dict={"x": torch.zeros(1)})
 
 
+@pytest.mark.fault("A4")
 def test_a_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:
     base = build("llama")
     base.save_pretrained(tmp_path / "base")
@@ -424,6 +433,7 @@ def test_a_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(run(again, "llama"), run(model, "llama"))
 
 
+@pytest.mark.fault("C14")
 def test_a_start_from_the_weight_is_written_as_a_plain_lora(tmp_path: Path) -> None:
     for start in ("pissa", "olora"):
         config = LoraConfig(r=2, init_lora_weights=start, rank_pattern={"v_proj": 3})
@@ -470,6 +480,7 @@ class FakeResponse:
     text = ""
 
 
+@pytest.mark.fault("A12")
 def test_an_adapter_from_the_hub(tmp_path: Path, hub: list[dict[str, Any]]) -> None:
     want = run(saved(tmp_path / "hub" / "sub"), "llama")
     options = {"revision": "v1", "token": "secret", "local_files_only": True, "cache_dir": "c"}
@@ -485,6 +496,7 @@ def test_an_adapter_from_the_hub(tmp_path: Path, hub: list[dict[str, Any]]) -> N
         PeftModel.from_pretrained(build("llama"), "someone/other")
 
 
+@pytest.mark.fault("A6")
 def test_saving_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
@@ -524,6 +536,7 @@ def test_uploading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the auto classes
 
 
+@pytest.mark.fault("A12")
 def test_the_auto_classes_need_the_folder_alone(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "base")
     base = type(build("llama")).from_pretrained(tmp_path / "base")
@@ -554,6 +567,7 @@ def test_the_auto_classes_need_the_folder_alone(tmp_path: Path) -> None:
         AutoPeftModel()
 
 
+@pytest.mark.fault("A8")
 def test_a_classifier_comes_back_with_its_head(tmp_path: Path) -> None:
     build("bert").save_pretrained(tmp_path / "base")
     base = type(build("bert")).from_pretrained(tmp_path / "base")

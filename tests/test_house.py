@@ -27,6 +27,7 @@ def lines(path: Path) -> int:
     return len(path.read_text().splitlines())
 
 
+@pytest.mark.fault("F9")
 @pytest.mark.parametrize(
     ("statement", "free_of"),
     [

@@ -40,6 +40,8 @@ LAYERS_OF_BLOCKS = Kind(
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 
 
+@pytest.mark.fault("J4")
+@pytest.mark.fault("H1")
 @pytest.mark.parametrize("law", laws.LAWS)
 @pytest.mark.parametrize("method, kind", CASES)
 def test_law(law: str, method: str, kind: str) -> None:
@@ -69,6 +71,7 @@ def test_a_report_has_a_row_for_each_layer(method: str) -> None:
     assert "a0" in {row.adapter for row in report} and "a0" in str(report)
 
 
+@pytest.mark.fault("C5")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method, kind", COMPILED)
 def test_dtypes(method: str, kind: str, dtype: torch.dtype) -> None:
@@ -88,6 +91,9 @@ def test_dropout(method: str, name: str) -> None:
     laws.dropout_acts_in_training_alone(bench("linear", method), name)
 
 
+@pytest.mark.fault("C4")
+@pytest.mark.fault("D5")
+@pytest.mark.fault("L2")
 @pytest.mark.parametrize("a, b, kind", PAIRS)
 def test_two_active_adapters_are_one_folded_weight(a: str, b: str, kind: str) -> None:
     laws.stacks_with_another(bench(kind, a, b))

@@ -120,6 +120,7 @@ class Visits:
 # -- loading
 
 
+@pytest.mark.fault("F1")
 def test_loading_visits_as_many_modules_for_the_last_adapter_as_for_the_second(
     shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_loading_visits_as_many_modules_for_the_last_adapter_as_for_the_second(
     assert len(set(again)) == len(set(swapped)) == len(set(deleted)) == 1
 
 
+@pytest.mark.fault("F3")
 def test_loading_opens_a_file_once(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(shelf, "a")
     visits = Visits(monkeypatch)
@@ -144,6 +146,7 @@ def test_loading_opens_a_file_once(shelf: Path, monkeypatch: pytest.MonkeyPatch)
     assert visits.files == ["adapter_model.safetensors"]
 
 
+@pytest.mark.fault("F2")
 def test_nothing_is_drawn_or_written_twice_where_a_file_follows(shelf: Path) -> None:
     model = loaded(shelf, "a")
     random, parts = torch.get_rng_state(), 2 * len(tree.hosts(model))
@@ -157,6 +160,7 @@ def test_nothing_is_drawn_or_written_twice_where_a_file_follows(shelf: Path) -> 
     assert counts["empty"] <= parts + 2
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_loaded_values_are_the_file_s_and_belong_to_the_model(method: str, tmp_path: Path) -> None:
     config = LoraConfig(**CONFIG) if method == "LORA" else IA3Config(init_ia3_weights=False)
@@ -350,6 +354,7 @@ def test_adapters_that_hide_others_are_still_refused() -> None:
 # -- injecting
 
 
+@pytest.mark.fault("F2")
 def test_injecting_visits_each_module_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny.build("llama")
     modules = sum(1 for _ in base.modules())
@@ -534,6 +539,7 @@ def test_a_cache_notices_what_the_user_deletes(shelf: Path) -> None:
     assert cache.misses == 3
 
 
+@pytest.mark.fault("F8")
 def test_threads_share_a_cache(shelf: Path) -> None:
     cache = AdapterCache(tiny.build("llama"), shelf, capacity=2, timeout=60)
     wanted = {name: expected(shelf, name) for name in "abcd"}

@@ -61,6 +61,8 @@ WRONG: list[tuple[str, Any, str, str]] = [
 ]
 
 
+@pytest.mark.fault("B1")
+@pytest.mark.fault("B6")
 @pytest.mark.parametrize("field, value, entry, right", WRONG, ids=[f"{w[0]}-{w[2]}" for w in WRONG])
 def test_every_misspelt_entry_is_named_with_the_right_one(
     field: str, value: Any, entry: str, right: str
@@ -84,6 +86,8 @@ def test_every_misspelt_entry_is_named_with_the_right_one(
             get_peft_model(model, LoraConfig(**options, allow_unmatched=True))
 
 
+@pytest.mark.fault("B6")
+@pytest.mark.fault("J3")
 def test_the_full_config_is_right() -> None:
     model = get_peft_model(build("llama"), LoraConfig(**FULL))
     ranks = {row.site.removeprefix("model."): row.rank for row in model.adapters()}
@@ -96,6 +100,7 @@ def test_the_full_config_is_right() -> None:
     }
 
 
+@pytest.mark.fault("B1")
 @pytest.mark.parametrize(
     "config",
     [
@@ -110,6 +115,7 @@ def test_the_other_methods_check_their_entries_too(config: Any) -> None:
         get_peft_model(build("llama"), config)
 
 
+@pytest.mark.fault("B2")
 def test_nothing_to_adapt_is_an_error_even_where_entries_may_be_unmatched() -> None:
     for options in (
         {"target_modules": ["nothing"], "allow_unmatched": True},
@@ -198,6 +204,8 @@ def test_the_shorthand_and_the_defaults() -> None:
         get_peft_model(Plain(), LoraConfig())
 
 
+@pytest.mark.fault("B2")
+@pytest.mark.fault("L3")
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("plain", "attention")])
 def test_the_structure_of_known_architectures_is_found(name: str) -> None:
     model = build(name)
@@ -219,6 +227,7 @@ def test_the_structure_of_known_architectures_is_found(name: str) -> None:
     assert not any(s.startswith(("lm_head", "classifier", "bert.pooler")) for s in found)
 
 
+@pytest.mark.fault("B3")
 def test_all_linear_says_when_it_leaves_stacked_experts_out() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:

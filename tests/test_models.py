@@ -59,6 +59,7 @@ def adapted(model: str, *configs: str) -> Any:
     return wrapped
 
 
+@pytest.mark.fault("A5")
 @pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "t5"])
 @pytest.mark.parametrize("config", EMBEDDED)
 def test_embeddings_mean_the_same_adapted_merged_and_saved(
@@ -99,6 +100,7 @@ def test_embeddings_mean_the_same_adapted_merged_and_saved(
         ) == tied
 
 
+@pytest.mark.fault("F4")
 @pytest.mark.parametrize("config", ["lora", "dora", "ia3", "adalora", "tokens", "saved", "bias"])
 @pytest.mark.parametrize("model", ["llama", "llama_tied"])
 def test_a_mixed_batch_is_each_row_alone(model: str, config: str) -> None:
@@ -129,6 +131,7 @@ def test_generation_with_a_name_per_row(config: str, beams: int) -> None:
         assert torch.equal(mixed[i, : len(alone)], alone)
 
 
+@pytest.mark.fault("B3")
 def test_experts_in_a_mixed_batch() -> None:
     wrapped = get_peft_model(
         build("mixtral"),
@@ -153,6 +156,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize("config", ["lora", "dora", "ia3", "adalora", "saved", "tokens"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("before", [True, False])
@@ -177,6 +181,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         torch.testing.assert_close(got[name], want[name], msg=name)
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpointed_forward_is_repeated_with_the_names_of_its_own_call(reentrant: bool) -> None:
     def two_losses(checkpointing: bool) -> dict[str, Tensor]:
@@ -245,6 +250,7 @@ def test_compiled_training_gives_the_same_gradients() -> None:
         torch.testing.assert_close(got[name], want[name], msg=name)
 
 
+@pytest.mark.fault("F6")
 def test_switching_compiles_once_for_each_choice() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -277,6 +283,7 @@ def test_compiled_code_sees_the_first_choice_that_a_thread_makes() -> None:
     torch.testing.assert_close(got[1], base)
 
 
+@pytest.mark.fault("F8")
 def test_threads_do_not_see_each_others_choice() -> None:
     wrapped = adapted("llama", "lora", "dora", "ia3", "adalora")
     names = ["a0", "a1", "a2", "a3"]
@@ -301,6 +308,7 @@ def test_threads_do_not_see_each_others_choice() -> None:
     assert wrong == []
 
 
+@pytest.mark.fault("A10")
 def test_copies_of_whole_models() -> None:
     wrapped = adapted("llama_tied", "lora_tokens", "shared")
     want = run(wrapped, "llama_tied")
@@ -313,6 +321,7 @@ def test_copies_of_whole_models() -> None:
         assert inner.get_input_embeddings().weight is inner.get_output_embeddings().weight
 
 
+@pytest.mark.fault("C5")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_low_precision_models(dtype: torch.dtype) -> None:
     for config in ("lora", "dora", "ia3", "adalora", "saved", "tokens"):
@@ -327,6 +336,7 @@ def test_autocast_and_low_precision_models(dtype: torch.dtype) -> None:
             assert low(input_ids=IDS).logits.dtype == dtype
 
 
+@pytest.mark.fault("C5")
 def test_a_model_trained_in_low_precision_keeps_its_adapter_in_full() -> None:
     base = build("llama").bfloat16()
     wrapped = get_peft_model(base, CONFIGS["lora"]())
@@ -340,6 +350,7 @@ def test_a_model_trained_in_low_precision_keeps_its_adapter_in_full() -> None:
     torch.testing.assert_close(run(low, "llama"), want, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.fault("B5")
 def test_torch_encoder_layers_do_not_bypass_the_adapter() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
@@ -353,6 +364,8 @@ def test_torch_encoder_layers_do_not_bypass_the_adapter() -> None:
     torch.testing.assert_close(got, wrapped(x).detach())
 
 
+@pytest.mark.fault("B2")
+@pytest.mark.fault("L3")
 def test_the_unknown_architecture_is_adapted_by_its_structure() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3)
     model = nn.Sequential(nn.Linear(4, 16), encoder, nn.Linear(16, 2)).eval()

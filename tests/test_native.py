@@ -9,6 +9,7 @@ import pytest
 from test_trainer import run_program
 
 
+@pytest.mark.fault("I5")
 @pytest.mark.slow
 def test_every_method_is_added_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
     for name, found in run_program("native_program.py", str(tmp_path)).items():

@@ -84,6 +84,7 @@ def test_steps_are_pefts(
         assert (moved > 1e-3) == (make is not lorafa or "lora_B" in name), name
 
 
+@pytest.mark.fault("L1")
 @pytest.mark.parametrize(
     "options", [PLAIN, RICH, {**PLAIN, "target_modules": ["embed_tokens", "q_proj"]}]
 )
@@ -124,6 +125,7 @@ def model_with(targets: str | list[str], name: str = "plain", **options: Any) ->
     return model
 
 
+@pytest.mark.fault("L1")
 @pytest.mark.parametrize("target", ["lin0", "conv1", "conv2", "conv3", "emb"])
 def test_lora_fa_takes_the_nearest_step_of_its_rank(target: str) -> None:
     model = model_with([target])
@@ -172,6 +174,7 @@ def test_every_kind_of_layer_trains_and_resumes(make: Callable[..., Any]) -> Non
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
+@pytest.mark.fault("L1")
 def test_only_loras_are_preconditioned_and_the_rest_steps_as_usual() -> None:
     model = model_with(["lin0", "emb"], modules_to_save=["head"])
     optimizer = graftwork.create_riemannian_optimizer(model, torch.optim.SGD, lr=1.0, reg=1e-3)

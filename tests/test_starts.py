@@ -144,6 +144,7 @@ def test_a_random_choice_of_directions_is_the_same_each_time() -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.fault("C14")
 @quiet
 @pytest.mark.parametrize("how", ["corda", "lora_ga"])
 @pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"use_rslora": True}])

@@ -59,6 +59,8 @@ def test_names_that_cannot_be() -> None:
         model(input_ids=IDS, adapter_names=["a"])
 
 
+@pytest.mark.fault("A9")
+@pytest.mark.fault("A10")
 def test_a_second_wrapping_is_refused() -> None:
     model = adapted()
     for again in (model, model.get_base_model()):
@@ -70,6 +72,7 @@ def test_a_second_wrapping_is_refused() -> None:
         get_peft_model(build("llama"), PeftConfig())
 
 
+@pytest.mark.fault("C2")
 def test_only_the_active_adapter_is_trainable_and_adding_changes_nothing() -> None:
     model = adapted(LoraConfig(r=4), IA3Config(), LoraConfig(r=2, inference_mode=True))
 
@@ -92,6 +95,7 @@ def test_only_the_active_adapter_is_trainable_and_adding_changes_nothing() -> No
     assert trainable() == set()
 
 
+@pytest.mark.fault("C2")
 def test_scopes_end_where_they_should() -> None:
     model = adapted(LoraConfig(r=4), LoraConfig(r=2))
     shake(model)
@@ -111,6 +115,7 @@ def test_scopes_end_where_they_should() -> None:
     assert torch.equal(run(model, "llama"), want)
 
 
+@pytest.mark.fault("C3")
 def test_deleting_and_renaming() -> None:
     model = adapted(LoraConfig(r=4), IA3Config(), LoraConfig(r=2, modules_to_save=["lm_head"]))
     shake(model)
@@ -139,6 +144,8 @@ def test_deleting_and_renaming() -> None:
     }
 
 
+@pytest.mark.fault("A10")
+@pytest.mark.fault("C3")
 def test_coming_and_going_leaves_nothing_behind() -> None:
     model = adapted()
 
@@ -160,6 +167,7 @@ def test_coming_and_going_leaves_nothing_behind() -> None:
     assert len(model.state_dict()) == size
 
 
+@pytest.mark.fault("D4")
 def test_merging_is_whole_or_not_at_all() -> None:
     model = adapted(LoraConfig(r=4, target_modules="all-linear"), IA3Config())
     shake(model)
@@ -221,6 +229,7 @@ def test_merge_unmerge_and_what_is_allowed_meanwhile(keep: Any) -> None:
         torch.testing.assert_close(run(model, "llama"), both, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault("D3")
 def test_a_thousand_merges_leave_every_bit() -> None:
     model = get_peft_model(
         nn.Sequential(nn.Linear(16, 16)).bfloat16(), LoraConfig(r=4, target_modules=["0"])
@@ -253,6 +262,7 @@ def test_a_merged_model_can_be_moved_before_it_is_unmerged() -> None:
     assert all(torch.equal(got[n].float(), t) for n, t in want.items() if "adapters" not in n)
 
 
+@pytest.mark.fault("J1")
 def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted(LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"), IA3Config())
     shake(model)
@@ -290,6 +300,7 @@ def test_reports(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(out)
 
 
+@pytest.mark.fault("J2")
 def test_counts_are_right_for_tied_shared_and_meta_tensors() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -310,6 +321,9 @@ def test_counts_are_right_for_tied_shared_and_meta_tensors() -> None:
     assert model.get_nb_trainable_parameters() == (32, 96)
 
 
+@pytest.mark.fault("J2")
+@pytest.mark.fault("D7")
+@pytest.mark.fault("H2")
 def test_four_bit_weights_count_twice_and_are_not_read_by_lora() -> None:
     class Params4bit(nn.Parameter):
         """A packed weight, as bitsandbytes has."""
@@ -339,6 +353,7 @@ def test_four_bit_weights_count_twice_and_are_not_read_by_lora() -> None:
         del DENSE["Params4bit"]
 
 
+@pytest.mark.fault("C10")
 def test_a_schedule_follows_any_torch_optimizer_and_nothing_else() -> None:
     def train(model: Any, step: Any, n: int = 8) -> Any:
         for _ in range(n):

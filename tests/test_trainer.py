@@ -53,6 +53,7 @@ CASES = [
 ]
 
 
+@pytest.mark.fault("A9")
 @pytest.mark.slow
 @pytest.mark.parametrize("method, first, installed", CASES)
 def test_trains_checkpoints_resumes_and_reloads_the_best(
@@ -85,6 +86,7 @@ def schedules() -> dict[str, training.Case]:
     }
 
 
+@pytest.mark.fault("C10")
 @pytest.mark.slow
 @pytest.mark.skipif(not training.MODEL.is_dir(), reason="the model and the texts are in ../shared")
 @pytest.mark.parametrize("method", schedules())

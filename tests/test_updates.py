@@ -71,6 +71,7 @@ def combined(
     return model, update(model, "new")
 
 
+@pytest.mark.fault("E1")
 def test_averaging_an_adapter_with_itself_gives_it_back() -> None:
     model, new = combined("linear", [0.5, 0.5], LoraConfig(**LORA))
     want = update(model, "x")
@@ -82,6 +83,7 @@ def test_averaging_an_adapter_with_itself_gives_it_back() -> None:
     torch.testing.assert_close(answer(model, "new"), answer(model, "x"))
 
 
+@pytest.mark.fault("E1")
 def test_differences_and_sums_of_any_methods() -> None:
     configs = [
         LoraConfig(**LORA),
@@ -199,6 +201,7 @@ def test_requests_that_make_no_sense(options: dict[str, Any], text: str) -> None
     assert list(model.peft_config) == ["x", "y"]
 
 
+@pytest.mark.fault("E2")
 def test_rank_64_at_4096_never_makes_the_product() -> None:
     size, r = 4096, 64
     g = torch.Generator().manual_seed(0)
@@ -218,6 +221,7 @@ def test_rank_64_at_4096_never_makes_the_product() -> None:
 # -- conversion
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize(
     "config",
     [
@@ -256,6 +260,7 @@ def test_biases_and_other_layers_become_a_lora_too() -> None:
         torch.testing.assert_close(answer(model, "l", kind=kind), want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.fault("E4")
 def test_an_adapter_gets_another_rank_under_its_name() -> None:
     model = adapted(LoraConfig(**LORA), IA3Config())
     want = answer(model, "x")
@@ -269,6 +274,7 @@ def test_an_adapter_gets_another_rank_under_its_name() -> None:
         model.resize_adapter("x")
 
 
+@pytest.mark.fault("E4")
 def test_a_lora_is_extracted_from_a_full_fine_tune() -> None:
     base, tuned = build("llama"), build("llama")
     generator = torch.Generator().manual_seed(0)
@@ -314,6 +320,7 @@ def saved(folder: Path, config: Any, seed: int) -> Tensor:
     return run(model, "llama")
 
 
+@pytest.mark.fault("F7")
 @pytest.mark.parametrize(
     "config",
     [
@@ -350,6 +357,7 @@ def test_swapping_needs_no_recompilation(config: Any, tmp_path: Path) -> None:
         prepare_model_for_compiled_hotswap(get_peft_model(compiled2, config(4)))
 
 
+@pytest.mark.fault("F7")
 def test_what_cannot_be_swapped_is_said(tmp_path: Path) -> None:
     saved(tmp_path / "large", LoraConfig(r=9, target_modules=["q_proj"]), 1)
     saved(tmp_path / "few", LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]), 1)
@@ -380,6 +388,7 @@ def test_what_cannot_be_swapped_is_said(tmp_path: Path) -> None:
 # -- sizes
 
 
+@pytest.mark.fault("E2")
 def test_no_update_is_ever_multiplied_out() -> None:
     size = 512
     configs = [LoraConfig(r=r, target_modules=["0"]) for r in (8, 12)]

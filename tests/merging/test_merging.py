@@ -124,6 +124,8 @@ CASES = [
 ]
 
 
+@pytest.mark.fault("D6")
+@pytest.mark.fault("D9")
 @pytest.mark.parametrize(("name", "dtype", "tied"), CASES)
 def test_the_files_have_the_bits_of_a_merge_in_memory(
     name: str, dtype: torch.dtype, tied: bool, tmp_path: Path
@@ -370,6 +372,7 @@ def test_tensors_that_lie_oddly_are_read(tmp_path: Path) -> None:
 PROGRAM = Path(__file__).parent / "merge_program.py"
 
 
+@pytest.mark.fault("D8")
 @pytest.mark.slow
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     of = base(tmp_path / "base", size="8KB")
@@ -393,6 +396,7 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
     check(out, in_memory(of, where, CAUSAL), CAUSAL)
 
 
+@pytest.mark.fault("D8")
 @pytest.mark.slow
 def test_two_gigabytes_take_the_memory_of_a_part(tmp_path: Path) -> None:
     """Peak memory over what the program takes anyhow: below 1.2 of the largest file, and the

@@ -155,6 +155,7 @@ def test_a_cache_of_fixed_size_has_room_for_virtual_tokens(family: str, kind: st
         assert torch.equal(found, other)
 
 
+@pytest.mark.fault("G1")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @torch.no_grad()
 def test_a_cache_of_the_user_is_filled_step_by_step(family: str) -> None:
@@ -257,6 +258,7 @@ def quantised(model: nn.Module, back: bool = False) -> nn.Module:
     return model
 
 
+@pytest.mark.fault("H2")
 @pytest.mark.parametrize("kind", [*KINDS, "sampled"])
 def test_a_base_of_integers_is_as_its_floats(kind: str) -> None:
     """Forward, backward, a mixed batch, generation; and its weights stay."""

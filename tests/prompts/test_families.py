@@ -82,6 +82,7 @@ def added(family: str, method: str, n: int) -> int:
     return n if method == "prompt" and FAMILIES[family].kind != "both" else 0
 
 
+@pytest.mark.fault("G4")
 @pytest.mark.parametrize(("family", "method"), cases(FAMILIES))
 def test_rows_of_a_mixed_batch_are_as_alone(family: str, method: str) -> None:
     model, x = made(family, method), inputs(family)
@@ -106,6 +107,7 @@ MASKS = {
 }
 
 
+@pytest.mark.fault("G3")
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize(("family", "method"), cases(TOKENS))
 def test_a_padded_row_is_as_alone(family: str, method: str, side: str) -> None:
@@ -125,6 +127,7 @@ def test_a_padded_row_is_as_alone(family: str, method: str, side: str) -> None:
             close(y[i, at], expected[0, own:])
 
 
+@pytest.mark.fault("G3")
 @pytest.mark.parametrize(("family", "method"), cases(WRITERS))
 def test_step_by_step_is_as_at_once(family: str, method: str) -> None:
     model, x, mask = made(family, method), inputs(family), torch.tensor(MASKS["left"])
@@ -170,6 +173,7 @@ def _known(model: nn.Module) -> Any:
     return inspect.signature(model.forward).parameters
 
 
+@pytest.mark.fault("G2")
 @pytest.mark.parametrize(("family", "method"), cases(FAMILIES))
 def test_gradients_with_checkpoints_are_those_without(family: str, method: str) -> None:
     found, x = [], inputs(family, rows=2)
@@ -284,6 +288,7 @@ IMPLEMENTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("G1")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's own code
 @pytest.mark.parametrize(

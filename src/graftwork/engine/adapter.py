@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fast import choose
-from ..fast.tensors import lasting
+from ..fast.tensors import lasting, stay
 from .site import Site
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class Part(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, Tensor] = {}  # what a schedule remembers from step to step
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":  # accelerate's: it offloads, and brings back for a forward alone
+            stay(self)
 
     @property
     def dtype(self) -> torch.dtype:

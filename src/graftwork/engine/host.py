@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from ..errors import MergeError, StateError
 from ..fast import batch, choose
 from ..fast.rows import each
+from ..fast.tensors import fetched, no_autocast, owner_of, unwritable
 from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
@@ -159,9 +160,7 @@ class Host(nn.Module):
         """A parameter of the layer as it was before any merging; ``name`` may be dotted."""
         if name in self.originals:
             return self.originals[name]
-        owner, leaf = owner_of(self.base_layer, name)
-        value: Tensor = getattr(owner, leaf)
-        return value
+        return fetched(*owner_of(self.base_layer, name))
 
     @torch.no_grad()
     def prepare(self, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -179,6 +178,8 @@ class Host(nn.Module):
         with no_autocast(self.base_layer), steady(self.parts(names)):
             for key, value in self.folded(names) if names else ():
                 old = self.pristine(key)
+                if reason := unwritable(owner_of(self.base_layer, key)[0], old):
+                    raise MergeError(f"{self.path}.{key} {reason}: graft merge FOLDER -o OUT")
                 value = value.to(old.dtype).contiguous().clone()
                 if not value.is_meta and not torch.isfinite(value).all():
                     raise MergeError(
@@ -236,12 +237,6 @@ class Host(nn.Module):
             super().__setattr__(name, value)
 
 
-def no_autocast(module: nn.Module) -> Any:
-    """A context without autocast on the module's device: folding a weight is exact work."""
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
 @contextmanager
 def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Within the block nothing is dropped: what is written or reported is the update itself."""
@@ -253,12 +248,6 @@ def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for part in training:
             part.train()
-
-
-def owner_of(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a parameter, and the parameter's own name."""
-    owner, _, leaf = dotted.rpartition(".")
-    return module.get_submodule(owner), leaf
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..fast.rows import expand, tensors_in
+from ..fast.tensors import no_autocast
 from .adapter import Adapter
-from .host import Host, cast, no_autocast
+from .host import Host, cast
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter

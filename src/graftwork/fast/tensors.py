@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,72 @@ def is_all(module: nn.Module, dtype: torch.dtype) -> bool:
     return True
 
 
+def owner_of(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a parameter, and the parameter's own name."""
+    owner, _, leaf = dotted.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
+def brings(module: nn.Module) -> Any:
+    """accelerate's hook that brings a module's tensors from elsewhere for each of its forwards,
+    where it has one; between them they are on meta.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
+
+
+def fetched(owner: nn.Module, name: str) -> Tensor:
+    """A tensor of a module, from where it is offloaded to if it is."""
+    tensor: Tensor = getattr(owner, name)
+    if tensor.is_meta and (hook := brings(owner)):
+        tensor = hook.weights_map[name].to(hook.execution_device)
+    return tensor
+
+
+def unwritable(owner: nn.Module, weight: Tensor) -> str:
+    """Why a merged weight cannot stand in a module for this one, and what to do; or nothing."""
+    if brings(owner):
+        return (
+            "is offloaded, and what is written there would be overwritten from its copy; merge the "
+            "base model's files instead"
+        )
+    if not weight.is_floating_point():
+        return (
+            f"is packed ({weight.dtype}), and rounding the sum to that would lose the update; "
+            "merge into the files of the model that it was quantised from"
+        )
+    return ""
+
+
+def stay(module: nn.Module) -> None:
+    """Bring a module's own tensors back from where they are offloaded to, for good: whoever reads
+    them does not run its forward.
+    """
+    if not (hook := brings(module)):
+        return
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None and tensor.is_meta and name in hook.weights_map:
+                here = hook.weights_map[name].detach().to(hook.execution_device)
+                parameter = isinstance(tensor, nn.Parameter)
+                table[name] = nn.Parameter(here, tensor.requires_grad) if parameter else here
+    hook.offload = False
+
+
+def settled(module: nn.Module) -> nn.Module:
+    """A module of an adapter, whose tensors stay where they are."""
+    for m in module.modules():
+        stay(m)
+    return module
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module that has its own tensors, also where the module's are offloaded."""
+    hooks = [hook for m in module.modules() if (hook := brings(m))]
+    kept = {id(m): m for hook in hooks for m in (hook.weights_map, hook.tied_params_map)}
+    return settled(copy.deepcopy(module, kept))
+
+
 def first(layer: nn.Module) -> Tensor | None:
     """A tensor of a layer, which says where and in which precision it computes."""
     own = (p for p in layer._parameters.values() if p is not None)
@@ -40,6 +108,8 @@ def first(layer: nn.Module) -> Tensor | None:
 def device_of(layer: nn.Module) -> torch.device:
     """Where what is new at a layer is made."""
     tensor = first(layer)
+    if tensor is not None and tensor.is_meta and (hook := brings(layer)):
+        return torch.device(hook.execution_device)
     return torch.get_default_device() if tensor is None else tensor.device
 
 
@@ -48,6 +118,12 @@ def dtype_of(layer: nn.Module, wide: bool) -> torch.dtype:
     tensor = first(layer)
     dtype = tensor.dtype if tensor is not None and tensor.is_floating_point() else torch.float32
     return torch.promote_types(dtype, torch.float32) if wide else dtype
+
+
+def no_autocast(module: nn.Module) -> Any:
+    """A context without autocast on the module's device: folding a weight is exact work."""
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,12 +26,18 @@ FLEETING = {
 }
 
 
-def identity(model: nn.Module) -> dict[str, Any]:
+def identity(model: nn.Module, grown: Collection[str] = ()) -> dict[str, Any]:
     """The model's class, a digest of its config and of its shapes, and hashes of sampled weights.
 
     The samples are rounded to bf16, so that one base in two precisions is the same base.
+
+    Args:
+        model: the user's model.
+        grown: names of tables with rows that the base did not have, which are not sampled.
     """
-    return _identity(model, dict(parameters(model)))
+    found = _identity(model, dict(parameters(model)))
+    weights = {name: digest for name, digest in found["weights"].items() if name not in grown}
+    return {**found, "weights": weights}
 
 
 def _identity(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Any]:

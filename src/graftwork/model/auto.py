@@ -12,6 +12,7 @@ from ..errors import FileError
 from ..files.codec import PREFIX
 from ..files.folder import config_of, read_tensors
 from ..files.hub import Source
+from . import vocabulary
 from .peft_model import PeftModel
 from .tasks import (
     PeftModelForCausalLM,
@@ -77,7 +78,8 @@ class AutoPeftModel:
         base: nn.Module = loader.from_pretrained(
             config.base_model_name_or_path, revision=config.revision or "main", **kwargs
         )
-        _resize(base, source, own)
+        tensors = read_tensors(source, allow_pickle=bool(own.get("allow_pickle")))
+        vocabulary.grow(base, config, tensors, PREFIX)
         wrapper = cls.WRAPPER
         return wrapper.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
@@ -104,19 +106,6 @@ class AutoPeftModel:
             f"{where} was trained on a {name} of {library}, which is not loaded from a file's "
             "word; build the base model yourself and use PeftModel.from_pretrained(model, folder)"
         )
-
-
-def _resize(base: Any, source: Source, options: dict[str, Any]) -> None:
-    """Give the base model the vocabulary that the adapter was saved with."""
-    getter = getattr(base, "get_input_embeddings", None)
-    table = getter() if callable(getter) else None
-    if table is None or not hasattr(base, "resize_token_embeddings"):
-        return
-    path = next((n for n, m in base.named_modules() if m is table), None)
-    tensors = read_tensors(source, allow_pickle=bool(options.get("allow_pickle")))
-    for key in (f"{PREFIX}{path}.weight", f"{PREFIX}{path}.base_layer.weight"):
-        if key in tensors and len(tensors[key]) != len(table.weight):
-            base.resize_token_embeddings(len(tensors[key]))
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

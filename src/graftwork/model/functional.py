@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +13,7 @@ from ..engine import inject as injection
 from ..engine.forwards import each_forward
 from ..engine.root import Grafted, delete
 from ..engine.switch import Switch
-from ..engine.tree import hosts, inside, walk
+from ..engine.tree import hosts, inside
 from ..errors import FileError, StateError
 from ..files import codec
 from ..files.folder import read_tensors
@@ -23,6 +21,7 @@ from ..files.hub import Source
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import vocabulary
 
 
 def user_model(model: nn.Module) -> nn.Module:
@@ -114,8 +113,8 @@ def get_peft_model_state_dict(
         adapter_name: which adapter.
         unwrap_compiled: PEFT's option; compiled models are always looked through.
         save_embedding_layers: also the base's embedding and output weights; "auto": where the
-            adapter changes them or the vocabulary has another size than the base model's config
-            says.
+            adapter changes them, or where the vocabulary has another size than the base model's
+            config says and the adapter does not hold all new rows itself.
     """
     inner = user_model(model)
     switch_of(model).check((adapter_name,))
@@ -126,65 +125,12 @@ def get_peft_model_state_dict(
             for key, tensor in owned.part.file_tensors().items():
                 if (name := names.get(id(tensor))) in state_dict:
                     tensors[owned.front + key] = state_dict[str(name)]
-    targeted = _targets_embeddings(inner, adapter_name)
     if save_embedding_layers == "auto":
-        config = switch_of(model).configs[adapter_name]
-        tokens = config.method == "TRAINABLE_TOKENS"
-        own_rows = tokens or getattr(config, "trainable_token_indices", None)
-        name = config.base_model_name_or_path
-        save_embedding_layers = not own_rows and (targeted or vocabulary_changed(inner, name))
+        save_embedding_layers = vocabulary.needed(inner, adapter_name)
     if save_embedding_layers:
-        tensors.update(_embedding_tensors(inner, tensors, targeted))
+        tensors.update(vocabulary.tensors_of(inner, adapter_name, tensors))
     tensors = codec.apart(tensors)
     return {codec.full(key, inner is not model): tensor for key, tensor in tensors.items()}
-
-
-def _targets_embeddings(model: nn.Module, name: str) -> bool:
-    """Whether the adapter sits at an embedding or output layer of the names that PEFT knows."""
-    targets = switch_of(model).configs[name].to_dict().get("target_modules") or ()  # as in the file
-    if not isinstance(targets, str):
-        return bool({"embed_tokens", "lm_head"} & set(targets))
-    known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
-    return any(re.fullmatch(targets, p) for p in known)
-
-
-def vocabulary_changed(model: nn.Module, base: str | None) -> bool:
-    """Whether the vocabulary differs from the base model's config on this machine."""
-    import json
-
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if size is None or not base:
-        return False
-    path: Any = os.path.join(base, "config.json")
-    if not os.path.isfile(path):
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            path = try_to_load_from_cache(base, "config.json")
-        except HFValidationError:  # a path of another machine
-            return False
-    if not isinstance(path, str) or not os.path.isfile(path):
-        return False
-    with open(path, encoding="utf-8") as file:
-        before = json.load(file).get("vocab_size")
-    return before is not None and before != size
-
-
-def _embedding_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], targeted: bool
-) -> dict[str, Tensor]:
-    wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
-    found = hosts(model)
-    out = {}
-    for path, module in walk(model):
-        if id(inside(module)) not in wanted or f"{path}.weight" in tensors:
-            continue
-        if path in found:
-            out[f"{path}.base_layer.weight"] = found[path].pristine("weight").detach()
-        elif not targeted:
-            out[f"{path}.weight"] = inside(module).get_parameter("weight").detach()
-    return out
 
 
 def set_peft_model_state_dict(

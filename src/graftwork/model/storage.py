@@ -20,7 +20,7 @@ from ..files import align, codec, identity, starts
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
-from . import resuming
+from . import resuming, vocabulary
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def save(
     if compat == "peft":  # before anything is written
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
-    note = {"identity": identity.identity(model.get_base_model())}
+    base = model.get_base_model()
+    note = {"identity": identity.identity(base, vocabulary.grown(base, names))}
     for name in names:
         config = model.peft_config[name]
         tensors = get_peft_model_state_dict(

@@ -25,7 +25,9 @@ class Tokens(Adapter):
         indices = list(config.token_indices)
         if bad := [i for i in indices if not 0 <= i < tokens]:
             raise ValueError(
-                f"token_indices {bad} are not among {tokens} tokens of {site.path}; resize it first"
+                f"token_indices {bad} are not among {tokens} tokens of {site.path}; resize it "
+                f"first: model.resize_token_embeddings({max(indices) + 1}), as the classes do that "
+                "load base and adapter together (AutoPeftModelForCausalLM)"
             )
         if not indices or len(set(indices)) < len(indices):
             raise ValueError(f"token_indices must name a token at least, and each once: {indices}")

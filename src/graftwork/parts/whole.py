@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.adapter import NOTHING, Adapter
 from ..engine.site import ParameterSite, Site, Standing, kind_of
+from ..fast.tensors import copied, settled
 
 if TYPE_CHECKING:
     from ..engine.host import Beneath, Host
@@ -23,7 +23,7 @@ class Copy(Adapter):
 
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(True)
+        self.module = copied(module).requires_grad_(True)
         kind = kind_of(module)
         self.site = kind(Standing(self.module, path)) if kind else None
 
@@ -33,14 +33,14 @@ class Copy(Adapter):
         return next(floats, torch.get_default_dtype())
 
     def instead(self) -> nn.Module:
-        return self.module
+        return settled(self.module)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert self.site is not None
         return self.site.weight, self.site.bias
 
     def forward(self, x: Tensor, layer: Beneath) -> Tensor:
-        return self.module(x)  # type: ignore[no-any-return]
+        return settled(self.module)(x)  # type: ignore[no-any-return]
 
     def hides(self, beneath: Adapter) -> bool:
         return True

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
-from ..engine.host import Host, LayerHost, no_autocast, steady
+from ..engine.host import Host, LayerHost, steady
 from ..engine.inject import inject
 from ..engine.module import PARAM, part_key
 from ..engine.site import Embedding, Site, kind_of
@@ -20,6 +20,7 @@ from ..engine.switch import Switch
 from ..engine.ties import Tied
 from ..engine.tree import hosts, inside, walk
 from ..errors import StateError
+from ..fast.tensors import no_autocast
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
 from ..parts.tokens import Tokens
