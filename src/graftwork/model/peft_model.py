@@ -291,9 +291,8 @@ class PeftModel(Reports, Updating):
         wanted = cls if cls is not PeftModel else class_for(loader.config)
         fresh = switch_of(model) is None
         with loader.building(model, loader.tensors):
-            peft_model = wanted(
-                model, loader.config, adapter_name, autocast_adapter_dtype, start=False
-            )
+            own = loader.config, adapter_name, autocast_adapter_dtype
+            peft_model = wanted(model, *own, start=False)
         try:
             loader.load_into(peft_model, adapter_name, new=True)
         except BaseException:
@@ -343,15 +342,15 @@ class PeftModel(Reports, Updating):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
-        from . import storage
+        from . import card
 
-        return storage.push(self, repo_id, **kwargs)
+        return card.push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
-        from . import storage
+        from .card import model_card
 
-        storage.model_card(output_dir, self.active_peft_config)
+        model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
         try:

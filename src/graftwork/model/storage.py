@@ -18,6 +18,7 @@ from ..engine.tree import hosts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..fast.pause import uncollected
 from ..files import align, codec, identity, starts
+from ..files.bounded import plain_name, shown
 from ..files.folder import Contents, config_of, read_beside, write
 from ..files.guard import described
 from ..files.hub import HUB_OPTIONS, Source
@@ -75,6 +76,7 @@ def save(
             f"selected_adapters names {unknown}; this model has {sorted(model.peft_config)}"
             + did_you_mean(unknown[0], model.peft_config)
         )
+    _check_names(names)
     if compat == "peft":  # before anything is written
         for name in names:
             model.peft_config[name].for_peft(model.get_base_model(), {})
@@ -104,7 +106,17 @@ def save(
                     "'default'; rename_adapter() the former, or save them apart"
                 )
             write(target / inner, own, values, note, {})
+    from .card import model_card
+
     model_card(folder, model.active_peft_config)
+
+
+def _check_names(names: list[str]) -> None:
+    if odd := [n for n in names if not plain_name(n)]:
+        raise StateError(
+            f"{shown(odd[0])} cannot be the name of a folder on every system, so the adapter is "
+            "not saved; rename_adapter() it first"
+        )
 
 
 def training_state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -359,43 +371,3 @@ def as_plain_lora(
     double.alpha_pattern = {k: v * factor for k, v in (double.alpha_pattern or {}).items()}  # type: ignore[attr-defined]
     double.init_lora_weights = True  # type: ignore[attr-defined]
     return double, out
-
-
-def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
-    """Write the folder's README.md, or complete its head for the hub."""
-    from huggingface_hub import ModelCard
-
-    path = Path(directory) / "README.md"
-    text = (
-        f"---\nlibrary_name: peft\n---\n\n# {config.method} adapter\n\nAn adapter for "
-        f"`{config.base_model_name_or_path or 'a model'}`, "
-        "in the file format of PEFT.\n\n```python\nfrom graftwork import PeftModel\n\n"
-        'model = PeftModel.from_pretrained(base_model, "this folder")\n```\n'
-    )
-    card: Any = ModelCard.load(path) if path.is_file() else ModelCard(text)
-    card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), "graftwork", config.method.lower()})
-    if config.base_model_name_or_path and not os.path.isabs(config.base_model_name_or_path):
-        card.data.base_model = config.base_model_name_or_path
-    card.save(path)
-
-
-def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
-    """Save into a temporary folder and upload that."""
-    import tempfile
-
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=kwargs.pop("token", None))
-    private, message = kwargs.pop("private", None), kwargs.pop("commit_message", "Upload adapter")
-    revision, create_pr = kwargs.pop("revision", None), kwargs.pop("create_pr", False)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **kwargs)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-        )
