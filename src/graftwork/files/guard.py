@@ -48,10 +48,10 @@ def described(
     except GraftworkError:
         raise
     except Exception as error:  # what does not fit shows in any of many ways
-        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise FileError(
-            f"{where}: its config cannot be used with this model: {name}{str(error)[:2000]}"
-        ) from error
+        text = str(error)[:2000]
+        if not isinstance(error, ValueError):  # PyTorch's have a stack behind them
+            text = f"{type(error).__name__}: {text}".partition("\n")[0]
+        raise FileError(f"{where}: its config cannot be used with this model: {text}") from error
 
 
 def _wholes(value: Any) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from ..config import CONFIG_NAME
 from ..targets.names import check_name
-from .bounded import plain_name
 from .codec import ROOT
 from .folder import config_of, read_tensors
 from .hub import Source
@@ -50,7 +50,7 @@ def within(source: Source, names: Iterable[str]) -> dict[str, Held]:
     outer one has to be of the same save.
     """
     found = {}
-    for name in filter(plain_name, names):
+    for name in (n for n in names if ".." not in re.split(r"[/\\]", n)):
         if source.find(f"{name}/{CONFIG_NAME}") is not None:
             held = Held(source.where, f"{source.subfolder}/{name}".lstrip("/"))
             found[name], held.content = held, held.read()

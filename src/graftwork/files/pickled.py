@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,28 +25,33 @@ def unpickled(path: Path, device: Any = "cpu") -> dict[str, Tensor]:
     Raises:
         FileError: it is damaged, or holds more than tensors.
     """
+    if not path.is_file():
+        raise FileError(f"{path} is no file")
+    with open(path, "rb") as file:
+        return loaded(file, os.fstat(file.fileno()).st_size, path, device)
+
+
+def loaded(file: BinaryIO, size: int, where: object, device: Any = "cpu") -> dict[str, Tensor]:
+    """As of ``unpickled``, from an open file of so many bytes."""
     try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        _bounded(path)
-        loaded = torch.load(path, device, weights_only=True)
-        return {_a_name(name): _a_tensor(value) for name, value in loaded.items()}
+        _check_bounded(file, size)
+        found = torch.load(file, device, weights_only=True)
+        return {_a_name(name): _a_tensor(value) for name, value in found.items()}
     except Exception as error:  # bytes that nobody checked go through an interpreter
         reason = f"{type(error).__name__}: {str(error)[:300]}".partition("\n")[0]
         raise FileError(
-            f"{path} is damaged, or holds more than tensors, such as code to run; it was not "
+            f"{where} is damaged, or holds more than tensors, such as code to run; it was not "
             f"read: {reason}"
         ) from error
 
 
-def _bounded(path: Path) -> None:
+def _check_bounded(file: BinaryIO, size: int) -> None:
     """Refuse an archive that holds more than its file: PyTorch stores, and never compresses."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        every = archive.infolist()
-    if sum(one.file_size for one in every) > os.path.getsize(path):
+    packed = zipfile.is_zipfile(file)
+    every = zipfile.ZipFile(file).infolist() if packed else []
+    if sum(one.file_size for one in every) > size:
         raise ValueError("it would unpack to more than the file has bytes")
+    file.seek(0)
 
 
 def _a_name(name: Any) -> str:

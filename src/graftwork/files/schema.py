@@ -37,6 +37,14 @@ LOOSE: dict[str, Any] = {  # fields whose annotation says no more than Any
 }
 
 
+# numbers of layers and of rounds, each of which is made or run one by one
+COUNTS = frozenset(
+    "depth xlora_depth encoder_num_layers shadow_num_hidden_layers boft_n_butterfly_factor "
+    "num_cayley_neumann_terms psoft_svd_lowrank_niter".split()
+)
+MOST = 1024  # of such
+
+
 def checked(cls: Any, data: Mapping[str, Any], where: object) -> dict[str, Any]:
     """The values of a file, where every field can hold its own; a switch or a pattern that is
     ``null`` is not set.
@@ -61,6 +69,8 @@ def checked(cls: Any, data: Mapping[str, Any], where: object) -> dict[str, Any]:
                 f"{where} sets {f.name} to {shown(value)}, where {_words(hint)} is expected; it is "
                 "damaged, or another program's"
             )
+        if f.name in COUNTS and value is not None and value > MOST:
+            raise FileError(f"{where} sets {f.name} to {shown(value)}, and {MOST} are the most")
     return found
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PeftConfig
-from ..errors import warn
+from ..errors import FileError, warn
 from ..files.atomic import Saving
+from ..files.plain import card_text
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -25,7 +26,6 @@ def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
 def put_card(saving: Saving, config: PeftConfig) -> None:
     """The README.md among what is saved; one that is there keeps what it says."""
     from huggingface_hub import ModelCard
-    from yaml import YAMLError
 
     text = (
         f"---\nlibrary_name: peft\n---\n\n# {config.method} adapter\n\nAn adapter for "
@@ -35,8 +35,8 @@ def put_card(saving: Saving, config: PeftConfig) -> None:
     )
     path = saving.folder / CARD
     try:
-        card: Any = ModelCard.load(path) if path.is_file() else ModelCard(text)
-    except (YAMLError, ValueError, TypeError) as error:
+        card: Any = ModelCard(card_text(path) if path.exists() else text)
+    except (FileError, ValueError, TypeError) as error:
         warn(f"the head of {path} cannot be read, and the file is left as it is: {error}")
         return
     card.data.library_name = "peft"

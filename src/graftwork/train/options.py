@@ -189,7 +189,7 @@ def _read(value: Any, hint: Any) -> Any:
     """Text from the command line as YAML would read it; lists may be written with commas."""
     if not isinstance(value, str):
         return value
-    from .plain import YAML_ERRORS, plain_yaml
+    from ..files.plain import YAML_ERRORS, plain_yaml
 
     if hint is str or (set(get_args(hint)) == {str, type(None)} and value.lower() != "null"):
         return value

@@ -147,7 +147,7 @@ def settings(text: bytes, where: str) -> dict[str, Any]:
         RecipeError: it is no list of keys with values, or refers to parts of itself: those can
             stand for more than any memory holds.
     """
-    from .plain import YAML_ERRORS, plain_yaml
+    from ..files.plain import YAML_ERRORS, plain_yaml
 
     try:
         found = plain_yaml(text.decode("utf-8-sig"))
