@@ -22,8 +22,9 @@ def methods_at(host: Host) -> dict[str, Any]:
     for name in host.adapters:
         config = host.switch.configs.get(name)
         for key, part in host.parts_of(name) if config is not None else ():
-            if is_own(key, part):
-                found.setdefault(config.method, part)  # type: ignore[union-attr]
+            method = config.method  # type: ignore[union-attr]
+            if is_own(key, part) or key == method.lower():
+                found.setdefault(method, part)
     return found
 
 

@@ -35,6 +35,8 @@ def named_modules(
     if remove_duplicate:
         memo.update(m for _, shared in held(self) for m in shared.modules())
         yield from self.adapters.named_modules(memo, f"{front}adapters", remove_duplicate)
+        if found.module is not self:  # in whose place PEFT has the user's own layer
+            yield f"{front}adapters.host", self
 
 
 def state_dict(

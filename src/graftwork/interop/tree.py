@@ -19,6 +19,7 @@ from ..fast.tensors import lasting
 from ..methods.adalora import AdaLoRA
 from ..parts.tokens import Tokens
 from ..parts.whole import Bias, Copy, Whole
+from .classes import is_own
 from .facts import kinds_of
 from .views import (
     Home,
@@ -193,6 +194,8 @@ class _Builder:
             children = {TOKENS: self.node(TOKENS)}
         elif self.copies:
             children = {"original_module": self.bare("original_module")}
+        elif self.tuned():
+            children = {"base_layer": self.bare("base_layer")}
         else:
             module = self.bare("")
             children = {n: m for n, m in module._modules.items() if m is not None}
@@ -212,6 +215,13 @@ class _Builder:
             shape.hidden += sorted(own_names - shape.covered)
             shape.covered |= own_names
         return shape
+
+    def tuned(self) -> bool:
+        """Whether a method acts here that PEFT has layers for, and not biases or prompts alone."""
+        configs = self.host.switch.configs
+        layered = [n for n, c in configs.items() if not c.is_prompt_learning]
+        parts = [pair for n in layered if n in self.host.adapters for pair in self.host.parts_of(n)]
+        return any(is_own(*pair) for pair in parts)
 
     def node(self, path: str) -> nn.Module:
         """A wrapper that PEFT has below the layer, or the user's own module there."""
