@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PeftConfig
 from ..errors import FileError, warn
-from ..files.plain import card_text
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
     """Write the folder's README.md, or complete its head for the hub."""
     from huggingface_hub import ModelCard
+
+    from ..files.plain import card_text
 
     path = Path(directory) / "README.md"
     text = (

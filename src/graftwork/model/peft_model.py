@@ -283,12 +283,11 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
-        from . import storage
-        from .tasks import class_for
+        from . import storage, tasks
 
         _refuse_offload(ephemeral_gpu_offload)
         loader = storage.Loader(model_id, config, is_trainable, key_mapping, kwargs)
-        wanted = cls if cls is not PeftModel else class_for(loader.config)
+        wanted = cls if cls is not PeftModel else tasks.class_for(loader.config)
         fresh = switch_of(model) is None
         with loader.building(model, loader.tensors):
             own = loader.config, adapter_name, autocast_adapter_dtype

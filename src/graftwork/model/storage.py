@@ -23,6 +23,7 @@ from ..files.folder import Contents, config_of, read_beside, write
 from ..files.guard import described
 from ..files.hub import HUB_OPTIONS, Source
 from ..updates.hotswap import refresh
+from .card import model_card
 from .functional import get_peft_model_state_dict
 
 if TYPE_CHECKING:
@@ -106,8 +107,6 @@ def save(
                     "'default'; rename_adapter() the former, or save them apart"
                 )
             write(target / inner, own, values, note, {})
-    from .card import model_card
-
     model_card(folder, model.active_peft_config)
 
 
