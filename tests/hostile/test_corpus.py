@@ -59,7 +59,7 @@ def test_every_target_has_a_corpus() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_changes_of_the_corpus_break_nothing(target: str) -> None:
     @settings(
-        max_examples=COUNT.get(target, 600),
+        max_examples=COUNT.get(target, 300),
         deadline=None,
         derandomize=True,
         database=None,
