@@ -133,7 +133,7 @@ def moved(name: str) -> Change:
     """A good file outside, with a link to it."""
 
     def change(folder: Path) -> None:
-        outside = folder.parent / f"outside_{folder.name}"
+        outside = folder.parent.parent / f"outside_{folder.name}"
         os.replace(folder / name, outside)
         (folder / name).symlink_to(outside)
 
@@ -278,7 +278,7 @@ CASES |= {
     "a tensor too many": tensors(lambda t: t.update(extra=torch.ones(1))),
     "a name of megabytes": tensors(lambda t: t.update({"x" * 1_000_000: torch.ones(1)})),
     "a tensor missing": tensors(lambda t: t.pop(next(iter(t)))),
-    "other names": tensors(lambda t: [t.update({f"../{k}": t.pop(k)}) for k in list(t)]),
+    "other names": tensors(lambda t: [t.update({f"{k}/../x": t.pop(k)}) for k in list(t)]),
     "no tensors": tensors(lambda t: t.clear()),
     # pickles, with and without leave
     "a pickle": pickled(pickle.dumps({"a": 1})),

@@ -128,6 +128,13 @@ def starcoder_model_postprocess_past_key_value(past_key_values: Any) -> Any:
     )
 
 
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """A dimension as a product of two: ``factor`` first, or the largest divisor below it."""
+    from ..methods.lokr import split
+
+    return split(dimension, factor)
+
+
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Stop where PEFT would not swap the second adapter in for the first.
 

@@ -24,7 +24,6 @@ _OFFERS = {
     "errors": "PeftWarning PeftError=GraftworkError NoMatchingPeftModuleError=TargetError",
     "types": _WHERE["types"],
     "methods.adalora": "SVDLinear=AdaLoRA",
-    "methods.lokr": "factorization=split",
     "prompts.config": "PromptLearningConfig=PromptConfig",
     "prompts.tokens": "PromptEmbedding=Tokens",
     "prompts.encoder": "PromptEncoder=Encoded",
@@ -70,7 +69,7 @@ _OFFERS = {
     "_get_input_embeddings_name _is_valid_match _prepare_prompt_learning_config "
     "_set_adapter _set_trainable bloom_model_postprocess_past_key_value cast_adapter_dtype "
     "check_adapters_to_merge check_file_exists_on_hf_hub check_hotswap_configs_compatible "
-    "clone_module convert_peft_config_for_transformers get_base_model_state_dict "
+    "clone_module convert_peft_config_for_transformers factorization get_base_model_state_dict "
     "get_embedding_layer_name get_pattern_key has_valid_embedding_base_layer "
     "id_tensor_storage inspect_matched_modules match_target_against_key random_mask "
     "register_peft_method set_additional_trainable_modules set_base_model_state_dict "

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..config import PeftConfig
 from ..errors import FileError, warn
 from ..files.atomic import Saving
-from ..files.plain import card_text
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel
@@ -26,6 +25,8 @@ def model_card(directory: str | os.PathLike[str], config: PeftConfig) -> None:
 def put_card(saving: Saving, config: PeftConfig) -> None:
     """The README.md among what is saved; one that is there keeps what it says."""
     from huggingface_hub import ModelCard
+
+    from ..files.plain import card_text
 
     text = (
         f"---\nlibrary_name: peft\n---\n\n# {config.method} adapter\n\nAn adapter for "
