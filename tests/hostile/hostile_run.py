@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main() -> None:
     good, every = Path(sys.argv[1]), Path(sys.argv[2])
     for name in METHODS:  # what is imported once is imported before
         assert method(name).config
+    import_module("graftwork.files.readings")  # of a file that does not fit as it is
     shown._found(str(good))
     for options in ({}, {"allow_pickle": True}, {"is_trainable": True}):
         PeftModel.from_pretrained(Small(), good, **options)

@@ -22,7 +22,7 @@ from graftwork.testing.bench import shake
 from graftwork.testing.entry import Small
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hostile_cases import CASES, CONFIG, WEIGHTS, moved
+from hostile_cases import CASES, CONFIG, WEIGHTS
 
 HERE = Path(__file__).parent
 WARM = (  # what imports parts of libraries at its first time
@@ -113,9 +113,11 @@ def test_the_hubs_links_and_those_within_a_folder_are_followed(tmp_path: Path) -
     PeftModel.from_pretrained(base(), snapshot.parent, subfolder="inner")
     (tmp_path / "link").symlink_to(snapshot)
     PeftModel.from_pretrained(base(), tmp_path / "link")
-    moved(WEIGHTS)(snapshot)
+    (snapshot / WEIGHTS).unlink()
+    (blobs / "0").rename(tmp_path / "elsewhere")
+    (snapshot / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FileError, match="is a link to"):
-        PeftModel.from_pretrained(base(), snapshot.parent)
+        PeftModel.from_pretrained(base(), snapshot.parent, subfolder="inner")
 
 
 @pytest.mark.fault("K3")

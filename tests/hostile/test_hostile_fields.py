@@ -28,6 +28,7 @@ MEANT = {"task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "s
 @pytest.mark.fault("K1")
 @pytest.mark.fault("K4")
 @pytest.mark.fault("A7")
+@pytest.mark.filterwarnings("ignore::graftwork.errors.PeftWarning")  # of a field without effect
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_takes_what_it_means_or_says_what_it_wants(name: str) -> None:
     for field in fields(method(name).config):
@@ -51,6 +52,7 @@ ROWS_OF = {entry.config().method: entry for entry in ROWS.values()}
 
 @pytest.mark.slow
 @pytest.mark.fault("K4")
+@pytest.mark.filterwarnings("ignore::graftwork.errors.PeftWarning")
 @pytest.mark.parametrize("name", ROWS_OF)
 def test_what_a_field_takes_is_built_or_refused(name: str, tmp_path: Path) -> None:
     entry = ROWS_OF[name]

@@ -196,7 +196,7 @@ def _state(folder: Path) -> list[Any]:
         try:
             stat = path.stat()
             found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+        except OSError:
             found.append(None)
     return found
 
@@ -206,7 +206,7 @@ def _committed(folder: Path) -> Path | None:
     try:
         with open(folder / COMMITTED, encoding="ascii", errors="replace") as file:
             name = file.read(64)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except OSError:
         return None
     return folder / name if STAGED.fullmatch(name) else None
 
