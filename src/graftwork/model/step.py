@@ -139,7 +139,7 @@ class Step:
     def _depend(self, outputs: Any) -> None:
         floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
         if floats and not any(t.requires_grad for t in floats):
-            if not any(part.absent for h in self.hosts.values() for part in h.parts(self.names)):
+            if not any(map(self._left_out, self.hosts)):
                 self.complain(NOTHING)
             return
         found = _leaves([t.grad_fn for t in floats if t.grad_fn is not None])
@@ -162,9 +162,12 @@ class Step:
         self.judge()
 
     def living(self) -> list[Named]:
-        """What trains at layers that ran."""
-        idle = set(self.unused())
+        """What trains at layers that ran, and was not dropped as a whole (module_dropout)."""
+        idle = {*self.unused(), *filter(self._left_out, self.hosts)}
         return [named for named in self.trained if named[0] not in idle]
+
+    def _left_out(self, path: str) -> bool:
+        return any(part.absent for part in self.hosts[path].parts(self.names))
 
     def judge(self) -> None:
         """Stop where a gradient is not finite, or has no way to its tensor."""
