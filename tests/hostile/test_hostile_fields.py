@@ -25,6 +25,7 @@ VALUES: list[Any] = [
 MEANT = {"task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "shadow_model"}
 
 
+@pytest.mark.filterwarnings("ignore::graftwork.errors.PeftWarning")  # fields without an effect
 @pytest.mark.fault("K1")
 @pytest.mark.fault("K4")
 @pytest.mark.fault("A7")
@@ -50,6 +51,7 @@ ROWS_OF = {entry.config().method: entry for entry in ROWS.values()}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.fault("K4")
 @pytest.mark.parametrize("name", ROWS_OF)
 def test_what_a_field_takes_is_built_or_refused(name: str, tmp_path: Path) -> None:
