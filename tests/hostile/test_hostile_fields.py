@@ -25,6 +25,7 @@ VALUES: list[Any] = [
 MEANT = {"task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "shadow_model"}
 
 
+@pytest.mark.filterwarnings("ignore::graftwork.errors.PeftWarning")  # fields without an effect
 @pytest.mark.fault("K1")
 @pytest.mark.fault("K4")
 @pytest.mark.fault("A7")
@@ -51,6 +52,7 @@ ROWS_OF = {entry.config().method: entry for entry in ROWS.values()}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.fault("K4")
 @pytest.mark.filterwarnings("ignore::graftwork.errors.PeftWarning")
 @pytest.mark.parametrize("name", ROWS_OF)
