@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +119,12 @@ def _ratio(host: LayerHost, names: tuple[str, ...], new: dict[str, Tensor]) -> f
         return None
     if not site.linear or type(raw) not in PLAIN or type(value) not in PLAIN:
         return None
-    parts = [part.precise() for part in host.parts(names)]
+    parts = [copy(part.precise()) for part in host.parts(names)]
     dtype = torch.promote_types(raw.dtype, torch.float32)
     if any(part.replaces or part.dtype is not dtype for part in parts):
         return None  # a copy's values are written as they are
+    for part in parts:
+        part.native = False  # which would compute in the layer's dtype
     x = x.to(raw.device)
     x = x.to(dtype) if x.is_floating_point() else x
 
@@ -132,16 +135,17 @@ def _ratio(host: LayerHost, names: tuple[str, ...], new: dict[str, Tensor]) -> f
     want = Beneath(host, parts, base, dtype, dtype)(x)
     w, b = site.to_matrix(value.to(dtype)), new.get("bias", site.bias)
     got = site.apply(x, w, None if b is None else b.to(dtype))
-    size = want.abs().max() if isinstance(site, Embedding) else _norms(site, w, got)
+    size = want.abs().max() if isinstance(site, Embedding) else _norms(site, w, b)
     rounding = torch.finfo(value.dtype).eps * WIDE * size
     exact = EXACT * (want.abs().max() + torch.as_tensor(size).max())
     return float(((got - want).abs() / (rounding + exact).clamp(min=1e-30)).max())
 
 
-def _norms(site: Any, w: Tensor, y: Tensor) -> Tensor:
-    """The norm of each row of W: the size of an output whose inputs are 1 or -1."""
-    norms: Tensor = site.outputs(torch.linalg.vector_norm(w, dim=-1))
-    return norms
+def _norms(site: Any, w: Tensor, b: Tensor | None) -> Tensor:
+    """The norm of each row of W, and its bias: the size of an output whose inputs are 1 or -1."""
+    norms = torch.linalg.vector_norm(w, dim=-1)
+    size: Tensor = site.outputs(norms if b is None else norms + b.abs())
+    return size
 
 
 def _inputs(site: Any) -> Tensor | None:
