@@ -337,7 +337,7 @@ def wrong(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "outside": (
         lambda f: wrong(f, lambda m: m.update({next(iter(m)): "../adapter_model.safetensors"})),
-        "which are no files of an adapter's weights",
+        "names files outside of its folder",
     ),
     "a pickle": (
         lambda f: wrong(f, lambda m: m.update({next(iter(m)): "adapter_model.bin"})),

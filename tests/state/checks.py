@@ -53,11 +53,21 @@ def owner(key: str, names: Sequence[str]) -> str | None:
     return name if path in PATHS and name in names else None
 
 
+def _hooks(module: nn.Module, kind: str) -> list[Any]:
+    return [hook for hook in getattr(module, kind).values() if callable(hook)]
+
+
+def _watches(hook: Any) -> bool:
+    """Whether it is there until a training step has shown that the adapters take effect."""
+    return type(getattr(hook, "__self__", hook)).__module__.startswith("graftwork.model.")
+
+
 def verify(
     model: Any, reference: Reference, raw: Mapping[str, Mapping[str, Tensor]], tolerance: float
 ) -> None:
     """Compare all that can be seen of a model with what the reference says."""
-    hooks = {n for n, m in model.named_modules() for h in HOOKS if getattr(m, h)}
+    found = ((n, hook) for n, m in model.named_modules() for h in HOOKS for hook in _hooks(m, h))
+    hooks = {name for name, hook in found if not _watches(hook)}
     prompts = any(record.prompt for record in reference.adapters.values())
     need(hooks == {FRONT.strip(".")} if prompts else not hooks, f"hooks at {hooks}")
     modes = {m.training for m in model.modules()}

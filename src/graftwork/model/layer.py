@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.host import NAMES, Host, LayerHost
+from ..engine.host import NAMES, Host
 from ..errors import POLICY
 
 
@@ -107,31 +107,6 @@ def merge(host: Host, safe_merge: bool = True, adapter_names: list[str] | None =
 def unmerge(host: Host) -> None:
     """Take the adapters out of this layer's weight again, bit for bit."""
     host.restore()
-
-
-@shown
-def weight(host: Host) -> Any:
-    """The layer's weight; that of the copy, or with the rows, that an active adapter trains in its
-    place: losses that are fused with an output layer read it, and do not call the layer.
-    """
-    return _in_place(host, "weight")
-
-
-@shown
-def bias(host: Host) -> Any:
-    """The layer's bias, in the same way."""
-    return _in_place(host, "bias")
-
-
-def _in_place(host: Host, name: str) -> Any:
-    names, value = host.present(host.switch.current().active), getattr(host.base_layer, name)
-    for _, part in [p for n in names if names != host.merged_adapters for p in host.parts_of(n)]:
-        if (module := part.instead()) is not None:
-            value = getattr(module, name)
-        elif part.replaces and name == "weight" and isinstance(host, LayerHost):
-            w, _ = part.fold(host.site.to_matrix(value), None)
-            value = host.site.from_matrix(w)
-    return value
 
 
 def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PATIENCE = 16  # watched forwards in a row without any backward, after which no more are
 OPEN: weakref.WeakSet[Step] = weakref.WeakSet()  # steps that an optimizer ends
 _READ: list[set[int]] = []  # of forwards that are watched now: layers whose weights were read
-_SHOWN: list[Callable[[Host], Any]] = []  # what shows a layer's weight otherwise
+_SHOWN: list[Callable[[Host], Any] | None] = []  # what shows a layer's weight otherwise
 _HOOKED: list[Any] = []
 
 
@@ -89,8 +89,8 @@ class Step:
         }.values():
             self.handles.append(module.register_forward_pre_hook(self._note))
         _READ.append(self.read)
-        if NAMES["weight"] is not _reading:
-            _SHOWN[:], NAMES["weight"] = [NAMES["weight"]], _reading
+        if NAMES.get("weight") is not _reading:
+            _SHOWN[:], NAMES["weight"] = [NAMES.get("weight")], _reading
         hook = self.model.register_forward_hook(self._ended, always_call=True)
         self.handles.append(hook)
 
@@ -116,7 +116,9 @@ class Step:
         if any(one is self.read for one in _READ):
             _READ[:] = [one for one in _READ if one is not self.read]
         if not _READ and _SHOWN:
-            NAMES["weight"] = _SHOWN.pop()
+            del NAMES["weight"]
+            if (shown := _SHOWN.pop()) is not None:
+                NAMES["weight"] = shown
 
     def _reached(self) -> None:
         """Stop where a layer was read by the module around it, and not called."""
@@ -294,7 +296,7 @@ ZERO = "what trains here got a gradient of zeros alone in two steps"
 
 
 def _reading(host: Host) -> Any:
-    weight = _SHOWN[0](host)
+    weight = host.base_layer.weight if _SHOWN[0] is None else _SHOWN[0](host)
     if weight is host.base_layer.weight:  # else what an adapter trains in its place has been read
         for read in _READ:
             read.add(id(host))

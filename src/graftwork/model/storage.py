@@ -43,7 +43,7 @@ def save(
     folder = Path(directory)
     if os.path.isfile(folder):
         raise FileError(f"{folder} is a file; give a folder to save_pretrained")
-    names = list(model.peft_config) if selected is None else list(selected)
+    names = list(dict.fromkeys(model.peft_config if selected is None else selected))
     if unknown := [n for n in names if n not in model.peft_config]:
         raise StateError(
             f"selected_adapters names {unknown}; this model has {sorted(model.peft_config)}"
@@ -92,7 +92,6 @@ def _content(
         config, tensors = config.for_peft(base, tensors)
     config = copy(config)
     config.inference_mode = True
-    config.base_model_name_or_path = (
-        config.base_model_name_or_path or base.__dict__.get("name_or_path") or None
-    )
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path")
     return config, tensors
