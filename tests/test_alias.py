@@ -19,6 +19,8 @@ from transformers.dependency_versions_table import deps
 import graftwork
 from graftwork import IA3Config, LoraConfig, get_peft_model
 from graftwork.interop import helpers, shims
+from graftwork.interop.classes import layer_class
+from graftwork.interop.facts import LAYER_NAMES
 from graftwork.interop.names import INSTALLED, MODULES, NAMES
 from graftwork.testing.bench import shake
 from test_trainer import HERE, run_program, without_peft  # noqa: F401 - a fixture
@@ -128,7 +130,7 @@ def test_what_peft_offers_for_lora_can_be_imported() -> None:
     every = vars(peft.helpers).items()
     own = {name for name, value in every if getattr(value, "__module__", "") == "peft.helpers"}
     offered = own | set(peft.tuners.lora.__all__) | {"Linear8bitLt", "Linear4bit", *INSTALLED}
-    assert not {name for name in offered if name not in NAMES}
+    assert not {name for name in offered if name not in {*NAMES, *LAYER_NAMES["lora"]}}
     assert {"peft.helpers", "peft.tuners.lora.conversion"} <= MODULES
 
 
@@ -138,14 +140,14 @@ def test_hosts_are_pefts_layers_by_what_they_stand_for() -> None:
     names = {"Embedding": "emb", "Linear": "lin0", "Conv1d": "conv1", "Conv2d": "conv2",
              "Conv3d": "conv3", "Linear4bit": "", "ParamWrapper": ""}  # fmt: skip
     for name, path in names.items():
-        kind = NAMES[name][0]
-        kind = getattr(importlib.import_module(f"graftwork.{kind}"), name)
+        kind = layer_class("lora", name)
         found = [p for p, m in model.get_base_model().named_modules() if isinstance(m, kind)]
         assert found == ([path] if path else []), name
-    assert not isinstance(3, shims.Linear)
+    assert not isinstance(3, layer_class("lora", "Linear"))
     experts = LoraConfig(r=2, target_parameters=["gate_up_proj"], target_modules=["q_proj"])
     model = get_peft_model(build("mixtral"), experts)
-    found = [p for p, m in model.named_modules() if isinstance(m, shims.ParamWrapper)]
+    wrapper = layer_class("lora", "ParamWrapper")
+    found = [p for p, m in model.named_modules() if isinstance(m, wrapper)]
     assert [p.rpartition(".")[2] for p in found] == ["experts", "experts"]
     parent, module, name = shims._get_submodules(build("plain"), "lin0")
     assert parent.lin0 is module and name == "lin0"

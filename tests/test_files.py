@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -188,42 +184,6 @@ def test_a_crash_between_any_two_steps_leaves_the_old_or_the_new(
         if done:
             break
     assert done > 2
-
-
-@pytest.mark.slow
-def test_a_killed_process_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    program = """
-import sys
-from pathlib import Path
-from graftwork import LoraConfig, get_peft_model
-from tiny import build
-from graftwork.testing.bench import shake
-
-models = []
-for r in (2, 3):
-    model = get_peft_model(build("llama"), LoraConfig(r=r, target_modules="all-linear"))
-    shake(model, seed=r)
-    models.append(model)
-print("ready", flush=True)
-while True:
-    for model in models:
-        model.save_pretrained(sys.argv[1])
-"""
-    folder = tmp_path / "adapter"
-    for i in range(12):
-        with subprocess.Popen(
-            [sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE,
-            cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        ) as process:  # fmt: skip
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            time.sleep(0.1 + 0.013 * i)
-            process.send_signal(signal.SIGKILL)
-        model = PeftModel.from_pretrained(build("llama"), folder)
-        (r,) = {row.rank for row in model.adapters()}
-        want = get_peft_model(build("llama"), LoraConfig(r=r, target_modules="all-linear"))
-        shake(want, seed=r)
-        mine, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(want)
-        assert all(torch.equal(mine[n], theirs[n]) for n in theirs if "lora_B" in n)
 
 
 @pytest.mark.parametrize(

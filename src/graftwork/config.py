@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -167,11 +168,13 @@ class PeftConfig(Hooks):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` into a folder, made where it is missing."""
+        from .files.atomic import Saving
+
         folder = Path(save_directory)
-        if folder.is_file():
+        if os.path.isfile(folder):
             raise FileError(f"{folder} is a file; give a folder for the config")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.to_json(), encoding="utf-8")
+        with Saving(folder).begun() as saving:
+            saving.put(CONFIG_NAME, self.to_json().encode())
 
     @classmethod
     def from_pretrained(
@@ -222,8 +225,9 @@ class PeftConfig(Hooks):
             from .errors import POLICY
 
             name = next(iter(asked))
+            every = ", ".join(f"{k}={v!r}"[:200] for k, v in asked.items())
             text = (
-                f"{where} sets {', '.join(f'{k}={v!r}' for k, v in asked.items())}, which "
+                f"{where} sets {every[:1000]}, which "
                 f"{cls.__name__} does not have{did_you_mean(name, known)}. It was saved by a newer "
                 "version, or by hand: upgrade, or remove the field"
             )

@@ -10,7 +10,7 @@ from dataclasses import field, fields
 from math import inf
 from typing import Any
 
-from .errors import did_you_mean
+from .errors import did_you_mean, worded
 
 Check = Callable[[Any, str], None]
 
@@ -132,7 +132,7 @@ def check_rank(value: Any, name: str, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, not {value!r}; try {name}=8")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}; try {name}=8")
+        raise ValueError(worded(f"{name} must be at least {least}, not {value}; try {name}=8"))
 
 
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:

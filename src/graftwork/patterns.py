@@ -6,13 +6,38 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from .errors import TargetError
+from .regex import Pattern, compiled
+
 PLAIN = re.compile(r"(?:\w|\\?\.)*?(\w+)")  # a path, whose dots may be escaped; its last word
 
 
 @lru_cache(maxsize=1 << 14)
-def ending(key: str) -> re.Pattern[str]:
-    """What a pattern means: whole names at the end of a path."""
-    return re.compile(rf"(.*\.)?({key})$")
+def ending(key: str) -> Pattern:
+    """What a pattern means: whole names at the end of a path.
+
+    Raises:
+        TargetError: it is no regular expression.
+    """
+    return regex(rf"(.*\.)?({key})$", key)
+
+
+def regex(text: str, name: str = "") -> Pattern:
+    """A regular expression of a config; ``name``: as it stands there.
+
+    Raises:
+        TargetError: it is none.
+    """
+    try:
+        return compiled(text)
+    except re.error as error:
+        name = f"{name or text!r:.200}"
+        raise TargetError(f"the pattern {name} is no regular expression: {error}") from None
+
+
+def exact(path: str) -> str:
+    """A pattern for a path: as it is, as PEFT writes it, where its characters mean themselves."""
+    return path if re.fullmatch(r"[\w.]+", path) else re.escape(path)
 
 
 def pattern_matches(key: str, path: str, parameter: str = "weight") -> bool:

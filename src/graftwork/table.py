@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .errors import did_you_mean
+from .errors import StateError, did_you_mean
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -120,11 +120,11 @@ def method(name: str) -> Method:
     """The row of a method.
 
     Raises:
-        ValueError: no method has that name.
+        StateError: no method has that name.
     """
     key = getattr(name, "value", str(name)).removeprefix("PeftType.")
     if key not in METHODS:
-        raise ValueError(
+        raise StateError(
             f"graftwork has no method {key!r}{did_you_mean(key, METHODS)} It has {sorted(METHODS)}"
         )
     return METHODS[key]

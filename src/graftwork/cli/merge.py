@@ -56,6 +56,9 @@ def merge(
     resumed = f" ({found.resumed} files were there already)" if found.resumed else ""
     print(f"{found.output}: {len(found.changed)} tensors merged, {found.copied} as they were{added}"
           f"{resumed}")  # fmt: skip
+    report = found.report
+    print(f"probed {report.probed} of {len(report.sites)} layers: outputs differ by "
+          f"{report.difference:.2g} of what rounding allows")  # fmt: skip
 
 
 def _show(done: int, every: int) -> None:
@@ -71,4 +74,7 @@ def _json(found: Merged) -> dict[str, Any]:
         "copied": found.copied,
         "added": found.added,
         "resumed": found.resumed,
+        "layers": len(found.report.sites),
+        "probed": found.report.probed,
+        "difference": found.report.difference,
     }

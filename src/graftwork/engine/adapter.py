@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fast import choose
+from ..fast.shards import readable_now
 from ..fast.tensors import lasting, stay
 from .site import Site
 
@@ -155,7 +156,7 @@ class Adapter(Part):
     @property
     def shared(self) -> Any:
         """What the adapters of this name have in common, where the method has that."""
-        return self.common[0]
+        return readable_now(self.common[0])
 
     def start(self, site: Site) -> None:
         """Fill the tensors with the values that training starts from; not called on loading."""

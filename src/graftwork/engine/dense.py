@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..fast.shards import in_parts, split
+
 DENSE: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
@@ -18,7 +20,10 @@ def dense(weight: Tensor, where: str = "") -> Tensor:
 
     Raises:
         TypeError: the weight is packed and no reader is registered for its type.
+        StateError: processes hold it in parts.
     """
+    if how := split(weight):
+        raise in_parts(where or "a layer", f"its weight is {how}", "read")
     if type(weight) not in (Tensor, nn.Parameter):
         for cls in type(weight).__mro__:
             if reader := DENSE.get(cls.__name__):

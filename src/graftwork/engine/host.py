@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch.func import functional_call
 from ..errors import MergeError, StateError
 from ..fast import batch, choose
 from ..fast.rows import each
-from ..fast.tensors import fetched, no_autocast, owner_of, unwritable
+from ..fast.shards import in_parts, parts_in
+from ..fast.tensors import cast, fetched, no_autocast, owner_of, steady, unwritable
 from ..fast.watch import Kept
 from .adapter import Adapter, Part, Shared
 from .site import Embedding, Site, kind_of
@@ -25,6 +25,8 @@ from .switch import BASE, Switch
 
 # PEFT's names of things on a layer: attribute -> its value for a host; see model/layer.py
 NAMES: dict[str, Callable[[Host], Any]] = {}
+# asked before what merging would write counts: of a host, adapters, values; see model/probe.py
+PROBES: list[Callable[[Host, tuple[str, ...], dict[str, Tensor]], None]] = []
 
 
 class Host(nn.Module):
@@ -41,6 +43,7 @@ class Host(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.originals: dict[str, Tensor] = {}  # the untouched parameters, while merged
         self.kept = True  # False: merged for good, the originals are gone
+        self.stacks = Kept()  # of mixed batches
         self.train(layer.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,9 +170,13 @@ class Host(nn.Module):
 
         Raises:
             MergeError: a value is not finite, or the layer has no place for it.
+            StateError: processes hold the layer in parts.
         """
         new: dict[str, Tensor] = {}
         names = self.present(names)
+        if names and (how := parts_in([self.base_layer, *self.parts(names)])):
+            raise in_parts(self.path, how, "merged")
+        self.need_originals()
         for name, part in [(n, part) for n in names for _, part in self.parts_of(n)]:
             if reason := part.FORBIDS.get("merge"):
                 raise MergeError(f"{name!r} cannot be merged into {self.path}: {reason}")
@@ -187,6 +194,8 @@ class Host(nn.Module):
                     )
                 parameter = isinstance(old, nn.Parameter)
                 new[key] = nn.Parameter(value, requires_grad=False) if parameter else value
+            for probe in PROBES if names else ():
+                probe(self, names, new)
         return new
 
     def commit(self, names: tuple[str, ...], new: dict[str, Tensor], keep: bool | str) -> None:
@@ -233,24 +242,6 @@ class Host(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
-
-
-@contextmanager
-def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block nothing is dropped: what is written or reported is the update itself."""
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.train()
-
-
-def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``x`` in ``dtype`` where both are floating point; None leaves it."""
-    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
 
 
 class Beneath:
@@ -316,7 +307,6 @@ class LayerHost(Host):
         if kind is None:
             raise TypeError(f"{path} is a {type(layer).__name__}, which is no known weighted layer")
         self.site = kind(self)
-        self.stacks = Kept()
 
     def site_of(self, key: str) -> Site | None:
         return self.site

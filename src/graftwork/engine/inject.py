@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,18 +14,22 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
+from ..fast.shards import readable
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
+from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
 from ..targets.plan import MAIN, Key, Slot, plan
-from ..targets.replicas import replicated
+from ..targets.replicas import replicated, restore
 from .adapter import Adapter, Shared
 from .host import Host, LayerHost
 from .module import ModuleHost
 from .schedule import Schedule
 from .site import ParameterSite, kind_of
-from .switch import BASE, Switch
+from .switch import Switch
 from .ties import Tied
 from .tree import hosts, inside, parameters, parts, put, walk
+
+WATCHES: list[Callable[[nn.Module, Switch, bool], None]] = []  # see model/canary.py
 
 
 @dataclass
@@ -52,8 +57,7 @@ def inject(
         model: the user's model, with or without adapters.
         config: the method and where it goes; a copy of it is kept.
         name: the adapter's name.
-        switch: that of a model whose last adapter was deleted; by default the model's, or a new
-            one.
+        switch: that of a model whose last adapter was deleted; else the model's, or a new one.
         start: fill the tensors with the method's starting values; False where a file follows.
         autocast: tensors are fp32 where the base is fp16 or bf16.
         meta: leave the tensors on the meta device.
@@ -63,29 +67,36 @@ def inject(
         StateError: the name cannot be used, or adapters are merged.
     """
     switch = switch_of(model) or switch or Switch()
-    check_name(name, switch.configs)
-    _need_unmerged(model)
-    config = copy.deepcopy(config)
-    first = not switch.configs
-    trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
-    with replicated(model, config, switch):
-        slots = plan(Offer(model), config)
-        start = start and not meta  # a file follows
-        built = build(model, slots, config, switch, start=start, autocast=autocast)
-    _warn_of_high_rank(built)
-    if first:
-        switch.trainable = frozenset(trainable)
-        model.requires_grad_(False)
-    _place(model, name, built, meta)
-    switch.take(name, config)
-    if built.shared is not None:
-        switch.shared[name] = built.shared
-    switch.activate((name,) if first else None)
-    trains = not config.inference_mode and name in switch.active
-    switch.flags.write((name,), trains, partial(parts, model))
-    _follow(switch, name, config, built)
-    config.attached(model, switch)
-    return switch
+    with switch.change(name):
+        check_name(name, switch.configs)
+        _need_unmerged(model)
+        config, start = copy.deepcopy(config), start and not meta  # a file follows
+        first = not switch.configs
+        trainable = [n for n, p in parameters(model) if p.requires_grad] if first else []
+        with replicated(model, config, switch):
+            given = {"start": start and not meta, "autocast": autocast}  # meta: a file follows
+            built = build(model, plan(Offer(model), config), config, switch, **given)
+        _warn_of_high_rank(built)
+        if first:
+            switch.trainable |= frozenset(trainable)
+            model.requires_grad_(False)
+        _place(model, name, built, meta)
+        switch.take(name, config)
+        if built.shared is not None:
+            switch.shared[name] = built.shared
+        switch.activate((name,) if first else None)
+        trains = not config.inference_mode and name in switch.active
+        switch.flags.write((name,), trains, partial(parts, model))
+        _follow(switch, name, config, built)
+        config.attached(model, switch)
+        changed(model, switch, trains)
+        return switch
+
+
+def changed(model: nn.Module, switch: Switch, trains: bool) -> None:
+    """Tell whoever watches: an adapter is there, to be trained or not, or the last one is gone."""
+    for watch in WATCHES:
+        watch(model, switch, trains)
 
 
 def switch_of(model: nn.Module) -> Switch | None:
@@ -97,23 +108,6 @@ def _need_unmerged(model: nn.Module) -> None:
     if any(host.merged_adapters for host in hosts(model).values()):
         raise StateError(
             "adapters are merged into this model: unmerge_adapter() first, then add another"
-        )
-
-
-def check_name(name: str, taken: Any) -> None:
-    """Refuse a name that cannot be an adapter's.
-
-    Raises:
-        StateError: the name is empty, has a dot, is reserved, or is taken.
-    """
-    if not isinstance(name, str) or not name or "." in name or name == BASE:
-        raise StateError(
-            f"{name!r} cannot be an adapter's name: give one without a dot, such as 'default'"
-        )
-    if name in taken:
-        raise StateError(
-            f"there is an adapter {name!r} already; choose another name, or "
-            f"delete_adapter({name!r}) first"
         )
 
 
@@ -152,9 +146,11 @@ def build(
                     source = built.parts[slot.source][1]
                     part: Adapter = Tied(source, slot.transposed, slot.saved)
                 else:
-                    part = _make(slot, host, shared, start=start, autocast=autocast)
+                    with readable(inside(host), host.path):
+                        part = _make(slot, host, shared, start=start, autocast=autocast)
                 part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
                 built.parts[slot.path, slot.key] = host, part
+    _need_names(built)
     return built
 
 
@@ -216,6 +212,21 @@ def _called(*_: Any) -> None:
     """A hook that does nothing."""
 
 
+def _need_names(built: Built) -> None:
+    """Stop where two tensors would have one name in a file, as a module's and its child's may."""
+    seen: dict[str, str] = {}
+    paths = {path for path, _ in built.parts}
+    inner = [p for p in paths if any(p[:i] in paths for i, c in enumerate(p) if c == ".")]
+    for (path, _), (_, part) in built.parts.items() if inner else ():
+        for key in part.file_tensors():
+            name = f"{path}.{part.prefix}{key}"
+            if (other := seen.setdefault(name, path)) != path:
+                raise TargetError(
+                    f"tensors at {other} and at {path} would both be called {name} in a file; "
+                    "rename that module, or adapt one of the two"
+                )
+
+
 def _follow(switch: Switch, name: str, config: PeftConfig, built: Built) -> None:
     """Register the schedule of an adapter whose config has one, or a penalty."""
     if config.has_penalty() or config.has_schedule():
@@ -240,3 +251,42 @@ def _warn_of_high_rank(built: Built) -> None:
             "a rank above the smaller side of a layer adds parameters and nothing else: "
             f"{high[0]}{more}; use rank_pattern"
         )
+
+
+def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
+    """Drop adapters from a model."""
+    with switch.change(*names):
+        switch.check(tuple(names))
+        every = hosts(model)
+        for path, host in every.items():
+            if busy := [n for n in names if n in host.merged_adapters]:
+                raise StateError(
+                    f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
+                )
+        for host in every.values():
+            for name in host.present(tuple(names)):
+                del host.adapters[name]
+                host.stacks.results.clear()
+        for name in names:
+            config = switch.configs.pop(name)
+            switch.schedules.pop(name, None)
+            switch.shared.pop(name, None)
+            config.detached(model, switch)
+        switch.flags.drop(names)
+        left = tuple(n for n in switch.active if n in switch.configs)
+        if not left and switch.configs and switch.active:
+            left = (next(iter(switch.configs)),)
+            warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
+            switch.flags.write(
+                left, not switch.configs[left[0]].inference_mode, partial(parts, model)
+            )
+        switch.activate(left)
+        if not switch.configs.keys() >= set(switch.before_merge):
+            kept = tuple(n for n in switch.before_merge if n in switch.configs)
+            switch.before_merge = kept or left
+        for path, module in list(walk(model)):
+            if isinstance(module, Host) and not len(module.adapters):
+                put(model, path, module.base_layer)
+        if not switch.configs:
+            restore(model)
+            changed(model, switch, False)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..fast.rows import expand, tensors_in
-from ..fast.tensors import no_autocast
+from ..fast.tensors import cast, no_autocast
 from .adapter import Adapter
-from .host import Host, cast
+from .host import Host
 from .site import ParameterSite, Site
 
 PARAM = "param:"  # prefix of the key of a part that sits at one parameter
@@ -26,18 +26,15 @@ PARAM = "param:"  # prefix of the key of a part that sits at one parameter
 
 def part_key(parameter: str) -> str:
     """The key of the part at a parameter; a ModuleDict key holds no dot."""
-    return PARAM + parameter.replace(".", ":")
+    return PARAM + parameter.replace(":", "::").replace(".", ":")
 
 
 class ModuleHost(Host):
     """Stands where a module stood that is not one matrix."""
 
     def site_of(self, key: str) -> Site | None:
-        return (
-            ParameterSite(self, key.removeprefix(PARAM).replace(":", "."))
-            if key.startswith(PARAM)
-            else None
-        )
+        name = key.removeprefix(PARAM).replace("::", "\0").replace(":", ".").replace("\0", ":")
+        return ParameterSite(self, name) if key.startswith(PARAM) else None
 
     def stack(self, names: tuple[str, ...]) -> tuple[nn.Module | None, list[tuple[str, Adapter]]]:
         """The module that runs instead of the user's, if any, and the parts above it."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig, TargetConfig
-from ..errors import StateError, TrainingError, warn
+from ..errors import StateError, warn
 from ..fast import choose
 from ..fast.rows import tensors_in
+from ..fast.turns import alone, ordered
 from ..targets import replicas
 from . import inject as injection
 from . import ties
@@ -79,7 +80,7 @@ class Grafted(nn.Module):
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's forward; ``adapter_names``: one for each row, ``"__base__"`` for none."""
-        with self.calling(adapter_names, args, kwargs):
+        with self.switch.turn(adapter_names), self.calling(adapter_names, args, kwargs):
             return self._forward(self.switch, args, kwargs)
 
     def calling(
@@ -109,10 +110,10 @@ class Grafted(nn.Module):
     ) -> Iterator[None]:
         """A context for a call that runs the user's model many times by itself."""
         switch = self.switch
-        preparing = self.preparing(names or switch.current().active)
-        lasting = [name for name in preparing if switch.configs[name].LASTS]
-        preparing = [name for name in preparing if name not in lasting]
-        with ExitStack() as stack:
+        with switch.turn(names), ExitStack() as stack:
+            preparing = self.preparing(names or switch.current().active)
+            lasting = [name for name in preparing if switch.configs[name].LASTS]
+            preparing = [name for name in preparing if name not in lasting]
             stack.enter_context(self.calling(names, inputs, kwargs, once=False))
             call = switch.current()
             for name in lasting:
@@ -125,38 +126,20 @@ class Grafted(nn.Module):
     def _forward(self, switch: Switch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choose.link(switch, self.hosts)
         learning = self.training and torch.is_grad_enabled()
-        if learning:
-            for schedule in switch.schedules.values():
-                schedule.check()
+        active = switch.current().active
+        followed = [switch.schedules[n] for n in active if n in switch.schedules]
+        for schedule in followed if learning else ():
+            schedule.check()
         outputs = self.model(*args, **kwargs)
         call = switch.current()
         known = [n for n in call.active if n in switch.configs] if switch.busy else []
         for name in known if call.rows is None else ():
             outputs = switch.configs[name].after(self, name, outputs, args, kwargs)
         if learning:
-            followed = [s for n, s in switch.schedules.items() if n in call.active]
             outputs = add_to_loss(outputs, followed)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             switch.remember(outputs)
-            if learning:
-                self._check_learning(switch, outputs)
         return outputs
-
-    def _check_learning(self, switch: Switch, outputs: Any) -> None:
-        floats = [t for t in tensors_in(outputs) if t.is_floating_point()]
-        if not floats or any(t.requires_grad for t in floats) or switch.merged:
-            return
-        parts = [p for h in self.hosts().values() for p in h.parts(switch.current().active)]
-        if any(part.absent for part in parts):
-            return  # left out on purpose: there may be nothing to learn in this forward
-        if any(tensor.requires_grad for part in parts for tensor in part.parameters()):
-            raise TrainingError(
-                "no gradient reaches the adapters: the outputs do not depend on any trainable "
-                "tensor. With reentrant gradient checkpointing, call "
-                "model.enable_input_require_grads() or pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}; otherwise look for '
-                "torch.no_grad() in the model"
-            )
 
     def rows(self, names: Sequence[str], inputs: Any = ()) -> tuple[str, ...]:
         """``names`` checked against the adapters and the batch."""
@@ -186,8 +169,8 @@ class Grafted(nn.Module):
             rows: one adapter name for each row of the batch instead.
             **context: values for methods that route by them.
         """
-        switch = self.switch
-        with switch.call(switch.check(names), None if rows is None else self.rows(rows), **context):
+        own = None if rows is None else self.rows(rows)
+        with self.switch.call(self.together(names), own, **context):
             yield
 
     # -- adapters
@@ -209,28 +192,32 @@ class Grafted(nn.Module):
             self.model, peft_config, adapter_name, self.switch, meta=low_cpu_mem_usage, **options
         )
 
+    @ordered
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters active, the lowest first; they alone are trainable, unless
-        ``inference_mode``.
+        """Make adapters active, the lowest first; unless ``inference_mode``, they alone train.
 
         Raises:
             StateError: a name is unknown, or two of them replace the same module.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        switch = self.switch
-        switch.check(names)
-        every = self.hosts().values() if len(names) > 1 and switch.flags.hide(names) else ()
-        if reason := next(filter(None, (host.hidden(names) for host in every)), None):
-            raise StateError(f"these adapters cannot be active together: {reason}; leave one out")
+        names, switch = self.together(adapter_name), self.switch
         switch.activate(names)
+        switch.before_merge = names
         switch.flags.choose(names, not inference_mode, partial(parts, self.model))
 
+    def together(self, adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+        """Adapters' names where each of them has an effect beside the others."""
+        names, flags = self.switch.check(adapter_names), self.switch.flags
+        every = self.hosts().values() if len(names) > 1 and flags.hide(names) else ()
+        if reason := next(filter(None, (host.hidden(names) for host in every)), None):
+            raise StateError(f"these adapters cannot be active together: {reason}; leave one out")
+        return names
+
+    @ordered
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         """Freeze or unfreeze adapters, whether active or not."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.switch.check(names)
+        names = self.switch.check(adapter_names)
         self.switch.flags.write(names, requires_grad, partial(parts, self.model))
 
     def enable_adapter_layers(self) -> None:
@@ -243,12 +230,9 @@ class Grafted(nn.Module):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters; layers without any other get back their place in the model."""
-        switch = self.switch
-        names = switch.check(
-            (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        )
-        delete(self.model, switch, names)
+        injection.delete(self.model, self.switch, self.switch.check(adapter_name))
 
+    @alone
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name."""
         switch = self.switch
@@ -263,8 +247,7 @@ class Grafted(nn.Module):
             tables.append(host.adapters._modules)
             host.merged_adapters = named(host.merged_adapters)
         for table in tables:  # in place, and in the same order
-            values = list(table.values())
-            kept = dict(zip(named(table), values, strict=True))
+            kept = dict(zip(named(table), table.values(), strict=True))
             table.clear()
             table.update(kept)
         switch.flags.rename(old, new)
@@ -276,6 +259,7 @@ class Grafted(nn.Module):
 
     # -- merging
 
+    @alone
     def merge_adapter(
         self,
         adapter_names: Sequence[str] | None = None,
@@ -294,12 +278,11 @@ class Grafted(nn.Module):
             MergeError: an update is not finite, or a layer has no place for it.
         """
         switch, every = self.switch, list(self.hosts().values())
-        wanted = switch.check(tuple(adapter_names) if adapter_names else switch.active)
-        new = tuple(n for n in wanted if n not in switch.merged)
-        if not new:
+        wanted = switch.check(adapter_names or switch.active)
+        names = self.together(switch.merged + wanted)
+        if names == switch.merged:
             why = f"{list(wanted)} are merged already" if wanted else "no adapter is active"
             return warn(f"{why}; nothing to merge")
-        names = switch.merged + new
         if keep:
             prepared = [(host, host.prepare(names)) for host in every]
         else:  # twice, so that no second copy of the model is ever held
@@ -312,6 +295,7 @@ class Grafted(nn.Module):
         switch.merged = names
         switch.activate(names)
 
+    @alone
     def unmerge_adapter(self) -> None:
         """Put the original weights back, bit for bit."""
         switch, every = self.switch, self.hosts().values()
@@ -324,6 +308,7 @@ class Grafted(nn.Module):
             switch.activate(switch.before_merge)
         switch.merged = ()
 
+    @alone
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -331,10 +316,11 @@ class Grafted(nn.Module):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Write adapters into the weights for good, and give back the plain model."""
-        if not self.merged().issuperset(adapter_names or self.switch.active):
+        if not self.merged().issuperset(self.switch.check(adapter_names or self.switch.active)):
             self.merge_adapter(adapter_names, keep=False)
         return self._bare()
 
+    @alone
     def unload(self) -> nn.Module:
         """Give back the user's own model: its objects, its classes, its hooks and its bits."""
         if self.merged():
@@ -354,6 +340,7 @@ class Grafted(nn.Module):
         for config in self.switch.configs.values():
             config.detached(self.model, self.switch)
         self.switch.flags.forget()
+        injection.changed(self.model, self.switch, False)
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
@@ -368,33 +355,3 @@ class Grafted(nn.Module):
                 if own in switch.configs and name in switch.configs[own].OFFERS:
                     return switch.configs[own].offer(self, own, name)
             return getattr(self.model, name)
-
-
-def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
-    """Drop adapters from a model."""
-    every = hosts(model)
-    for path, host in every.items():
-        if busy := [n for n in names if n in host.merged_adapters]:
-            raise StateError(
-                f"{busy[0]!r} is merged into {path}: unmerge_adapter() before deleting it"
-            )
-    for host in every.values():
-        for name in host.present(tuple(names)):
-            del host.adapters[name]
-    for name in names:
-        config = switch.configs.pop(name)
-        switch.schedules.pop(name, None)
-        switch.shared.pop(name, None)
-        config.detached(model, switch)
-    switch.flags.drop(names)
-    left = tuple(n for n in switch.active if n in switch.configs)
-    if not left and switch.configs and switch.active:
-        left = (next(iter(switch.configs)),)
-        warn(f"the active adapter {names[0]!r} was deleted; {left[0]!r} is active now")
-        switch.flags.write(left, not switch.configs[left[0]].inference_mode, partial(parts, model))
-    switch.activate(left)
-    for path, module in list(walk(model)):
-        if isinstance(module, Host) and not len(module.adapters):
-            put(model, path, module.base_layer)
-    if not switch.configs:
-        replicas.restore(model)

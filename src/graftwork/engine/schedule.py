@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import TrainingError
+from ..fast.flags import trains
+from ..fast.shards import parts_in, sharding, whole
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -57,7 +60,7 @@ class Schedule:
     def first(self) -> Tensor | None:
         """A tensor that trains, by which the others are watched."""
         parts = [part for a in self.adapters.values() for part in (a, a.shared) if part is not None]
-        return next((p for part in parts for p in part.parameters() if p.requires_grad), None)
+        return next((p for part in parts for p in part.parameters() if trains(p)), None)
 
     def penalty(self) -> Tensor | None:
         """The term of the loss, noted as delivered when its gradient is computed."""
@@ -101,16 +104,21 @@ class Schedule:
                 "model.parameters()"
             )
 
+    def whole(self) -> Any:
+        """A context in which the adapters are whole, where processes hold parts of them."""
+        return whole(None, self.adapters.values(), write=True) if sharding() else nullcontext()
+
     def before_step(self) -> None:
-        if not self.delivered:
-            term = self.config.penalty(self.adapters)
+        with self.whole():
+            term = None if self.delivered else self.config.penalty(self.adapters)
             if isinstance(term, Tensor) and term.requires_grad:
                 term.backward()  # type: ignore[no-untyped-call]
         self.delivered = self.added = self.handed = False
 
     def after_step(self) -> None:
         self.step += 1
-        self.config.after_step(self.adapters, self.step)
+        with self.whole():
+            self.config.after_step(self.adapters, self.step)
         first = self.first()
         self.version, self.unseen = None if first is None else first._version, 0
 
@@ -143,6 +151,8 @@ def add_to_loss(outputs: Any, schedules: list[Schedule]) -> Any:
         return outputs
     total = loss
     for schedule in schedules:
+        if sharding() and parts_in(schedule.adapters.values()):
+            continue  # the step brings its gradient
         if not schedule.handed and (term := schedule.penalty()) is not None:
             total, schedule.added = total + term.to(loss.dtype), True
     if total is not loss:

@@ -9,9 +9,8 @@ carry a hook that names their call to the recomputation.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +21,12 @@ from ..errors import StateError, did_you_mean
 from ..fast import choose
 from ..fast.flags import Flags
 from ..fast.grouped import FEW, Batches, Rows
-from ..fast.rows import expand, tensors_in
+from ..fast.rows import expand
+from ..fast.turns import CALLS, REPLAYS, Turn, Turns, remember, replayed
+from ..targets.names import BASE as BASE
 
 if TYPE_CHECKING:
     from .schedule import Schedule
-
-BASE = "__base__"  # a row of a mixed batch that no adapter touches
-
-
-class _Calls(threading.local):
-    def __init__(self) -> None:  # on each thread's own object: compiled code does not watch a class
-        self.now: Call | None = None
-        self.replay: Call | None = None
-
-
-_CALLS = _Calls()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,31 +51,43 @@ class Switch:
         self.before_merge: tuple[str, ...] = ()  # what was active before
         self.tied: dict[str, Any] | None = None  # what the config said of ties that merging has cut
         self.flags = Flags()  # which adapters train
+        self.proven: dict[str, PeftConfig] = {}  # the adapters that were seen to learn
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.standing = Call(self, ())
         self.reads: tuple[str, ...] = ()  # arguments of a call that some adapter has ever read
         self.busy = False  # whether an adapter ever did something around a forward
         self.batches = Batches()  # mixed batches of late
+        self.turns = Turns()  # what runs in which thread
 
     def activate(self, names: tuple[str, ...] | None = None, enabled: bool | None = None) -> None:
         """Choose the active adapters, the lowest first, and whether they run at all."""
-        self.active = self.active if names is None else names
-        self.enabled = self.enabled if enabled is None else enabled
-        self.standing = Call(self, self.active if self.enabled else ())
+        with self.turns.change():
+            self.active = self.active if names is None else names
+            self.enabled = self.enabled if enabled is None else enabled
+            before, self.standing = self.standing, Call(self, self.active if self.enabled else ())
+        if CALLS.now is before:  # within a forward of this very thread
+            CALLS.now = self.standing
 
     def take(self, name: str, config: PeftConfig) -> None:
         """Take an adapter's config in. What is learned of all of them stays: a compiled forward
         asks for that, and not for each of them, so that one more does not compile it again.
         """
         self.configs[name] = config
-        choose.LINKED.discard(self)
+        choose.unlink(self)
         self.reads = tuple(sorted({*self.reads, *config.CONTEXT}))
         own = type(config).after is not PeftConfig.after
         self.busy = self.busy or config.prepares() or own
 
-    def check(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """``names`` where all are adapters of this model."""
+    def change(self, *names: str) -> Any:
+        """A context in which no other thread runs these adapters, or changes any; of those that
+        read others it is not known whose they read.
+        """
+        return self.turns.change(None if self.flags.reading else names)
+
+    def check(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """``names``, each once, where all are adapters of this model."""
+        names = tuple(dict.fromkeys((names,) if isinstance(names, str) else names))
         for name in names:
             if name not in self.configs:
                 raise StateError(
@@ -106,44 +108,30 @@ class Switch:
 
     def current(self) -> Call:
         """The choice that holds here and now."""
-        now = _CALLS.now
+        now = CALLS.now
         if now is not None and now.switch is self:
             return now
-        if not torch.compiler.is_compiling():
-            replay = _CALLS.replay
-            if (
-                replay is not None
-                and replay.switch is self
-                and torch._C._current_graph_task_id() != -1
-            ):
-                return replay
+        if not torch.compiler.is_compiling() and REPLAYS:
+            return replayed(self) or self.standing
         return self.standing
+
+    def turn(self, rows: Any = None) -> Any:
+        """A context for one forward; ``rows``: one adapter name for each row of its batch."""
+        return nullcontext() if torch.compiler.is_compiling() else Turn(self, rows)
 
     @contextmanager
     def call(
         self, active: tuple[str, ...], rows: tuple[str, ...] | None = None, **context: Any
     ) -> Iterator[None]:
         """Within the block, in this thread, the model computes with this choice."""
-        before = _CALLS.now
-        _CALLS.now = Call(self, active, rows, context)
+        before = CALLS.now
+        CALLS.now = Call(self, active, rows, context)
         try:
             yield
         finally:
-            _CALLS.now = before
+            CALLS.now = before
 
     def remember(self, outputs: Any) -> None:
         """Tie the present choice to ``outputs``: a forward may be repeated in their backward."""
-        call = self.current()
         choose.settle()
-
-        def replay(_: Any) -> None:
-            _CALLS.replay = call
-            torch.autograd.Variable._execution_engine.queue_callback(_forget)
-
-        for tensor in tensors_in(outputs):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(replay)
-
-
-def _forget() -> None:
-    _CALLS.replay = None
+        remember(self.current(), outputs)

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..fast.shards import TRANSPARENT
 from .host import Host
 
-# children through which torch wraps a module: the path of what is inside is the path of the whole
-TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# the wrappers of torch: a module of the user's may have a child of such a name too
+WRAPPERS = ("torch._dynamo", "torch.distributed")
 
 
 def inside(module: nn.Module) -> nn.Module:
@@ -21,7 +22,7 @@ def inside(module: nn.Module) -> nn.Module:
             module = children["base_layer"]
             continue
         for name in TRANSPARENT if children else ():
-            if name in children:
+            if name in children and type(module).__module__.startswith(WRAPPERS):
                 module = children[name]
                 break
         else:

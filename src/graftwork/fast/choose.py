@@ -81,6 +81,7 @@ CROSS = re.compile(r"cross|enc_?dec|encoder_attn", re.IGNORECASE)  # where q rea
 FOLLOWERS: weakref.WeakKeyDictionary[LayerHost, tuple[weakref.ref[LayerHost], ...]]
 FOLLOWERS = weakref.WeakKeyDictionary()
 LINKED: weakref.WeakSet[Switch] = weakref.WeakSet()  # whose layers are in there
+LINKING = threading.Lock()
 
 
 def link(switch: Switch, hosts: Callable[[], Mapping[str, Any]]) -> None:
@@ -92,7 +93,19 @@ def link(switch: Switch, hosts: Callable[[], Mapping[str, Any]]) -> None:
     """
     if torch.compiler.is_compiling() or switch in LINKED:
         return
-    places = hosts()
+    with LINKING:
+        if switch not in LINKED:
+            _link(hosts())
+            LINKED.add(switch)
+
+
+def unlink(switch: Switch) -> None:
+    """Forget which layers of a model read one input: there are others."""
+    with LINKING:
+        LINKED.discard(switch)
+
+
+def _link(places: Mapping[str, Any]) -> None:
     for path, host in places.items():
         parent, _, name = path.rpartition(".")
         own: list[Any] = []
@@ -101,7 +114,6 @@ def link(switch: Switch, hosts: Callable[[], Mapping[str, Any]]) -> None:
             if name in names and (i := names.index(name)) >= least:
                 own = [places.get(f"{parent}.{n}" if parent else n) for n in names[i + 1 :]]
         FOLLOWERS[host] = tuple(weakref.ref(other) for other in own if other is not None)
-    LINKED.add(switch)
 
 
 def run(

@@ -75,7 +75,7 @@ class Flags:
         """Freeze or unfreeze adapters, and freeze all others."""
         chosen, tables = set(names), self.found(find)
         # a program may have unfrozen others by hand: mostly all their tensors, or those of a kind
-        seen = {n for n, t in tables.items() if n not in chosen and any(map(_trains, _ends(t)))}
+        seen = {n for n, t in tables.items() if n not in chosen and any(map(trains, _ends(t)))}
         self.write((self.trains | seen) - chosen, False, find)
         self.write(chosen, on, find)
 
@@ -88,10 +88,36 @@ class Flags:
         return self.tables
 
 
+def hold(p: Tensor, stopped: bool, frozen: bool = True) -> None:
+    """Stop a tensor from training, whoever unfreezes it, or let it train again.
+
+    Args:
+        p: a tensor that trains.
+        stopped: whether it gets no gradient any more.
+        frozen: whether it is then also one that asks for none.
+    """
+    held = getattr(p, "held", None)
+    if not stopped and held is None:
+        return
+    p.requires_grad_(True)
+    if stopped and held is None:
+        p.held = p.register_post_accumulate_grad_hook(_drop)  # type: ignore
+    elif not stopped and held is not None:
+        held.remove()
+        p.held = None  # type: ignore[attr-defined]
+    p.grad = None
+    p.requires_grad_(not (stopped and frozen))
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
+
+
 def _ends(tables: list[Table]) -> Iterator[Tensor | None]:
     for table in (tables[0], tables[-1]) if tables else ():
         yield from table.values()
 
 
-def _trains(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+def trains(tensor: Tensor | None) -> bool:
+    """Whether a tensor is to change by training."""
+    return tensor is not None and tensor.requires_grad and getattr(tensor, "held", None) is None

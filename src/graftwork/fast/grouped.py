@@ -97,8 +97,8 @@ class Batches(dict[Any, Rows]):
     def add(self, key: Any, owners: Sequence[str], order: Sequence[str]) -> Rows:
         """The batch of a key, made where it is not there."""
         found = self.get(key) or Rows(owners, order)
-        while len(self) >= MANY and key not in self:
-            self.pop(next(iter(self)), None)
+        for oldest in tuple(self)[: max(0, len(self) - MANY + 1)] if key not in self else ():
+            self.pop(oldest, None)  # threads may do so at once
         self[key] = found
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -158,3 +158,21 @@ def materialise(module: nn.Module, device: torch.device) -> None:
             if p is not None and p.is_meta:
                 empty = torch.empty_like(p, device=device)
                 m._parameters[name] = nn.Parameter(empty, p.requires_grad)
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``x`` in ``dtype`` where both are floating point; None leaves it."""
+    return x.to(dtype) if dtype is not None and x.is_floating_point() and x.dtype != dtype else x
+
+
+@contextmanager
+def steady(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block nothing is dropped: what is written or reported is the update itself."""
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.train()

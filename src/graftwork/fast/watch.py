@@ -105,7 +105,7 @@ class Kept:
         """What is kept under a key, where it was computed from the objects that are there now."""
         found = self.results.get(key)
         if found is not None and not found[0].same():
-            del self.results[key]
+            self.results.pop(key, None)
             return None
         return found
 
@@ -113,8 +113,8 @@ class Kept:
         """Keep a result, and drop the oldest."""
         self.results.pop(key, None)
         self.results[key] = watch, result
-        while len(self.results) > HELD:
-            del self.results[next(iter(self.results))]
+        for oldest in tuple(self.results)[:-HELD]:  # threads may do so at once
+            self.results.pop(oldest, None)
 
     def __deepcopy__(self, memo: Any) -> Kept:
         return Kept()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
+from ..engine.inject import switch_of
 from ..engine.tree import hosts, inside, walk
-from ..errors import POLICY, FileError, warn
+from ..errors import POLICY, FileError, nearest, warn
+from ..fast import shards
+from ..fast.shards import sharding
 from ..fast.tensors import materialise
+from .align import beside
 
 PREFIX = "base_model.model."
 ROOT = "base_model."  # in front of what an adapter keeps once for the whole model
 MARK = "."  # in front of such a name here: no module's path begins so
-BARE = "/"  # in front of a name that a file holds as it is
+BARE = ".."  # in front of a name that a file holds as it is
 
 
 @dataclass
@@ -60,7 +64,7 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{len(names)} {title}:")
-                lines += [f"  {name}{_near(name, others)}" for name in names[:8]]
+                lines += [f"  {name:.300}{_near(name, others)}" for name in names[:8]]
                 lines += [f"  ... and {len(names) - 8} more"] if len(names) > 8 else []
         return "\n".join(lines)
 
@@ -118,14 +122,40 @@ def full(plain: str, wrapped: bool = True) -> str:
     return (PREFIX if wrapped else "") + plain
 
 
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter under PEFT's names, without ``base_model.model.``."""
+def whole(
+    model: nn.Module,
+    parts: list[Owned],
+    values: Mapping[str, Tensor] | None = None,
+    write: bool = False,
+) -> Any:
+    """A context in which parts hold whole tensors; see ``fast.shards.whole``."""
+    every = [o.part for o in parts]
+    if values is None and not sharding(every):
+        return nullcontext()
+    return shards.whole(model, every, values, write)
+
+
+def state(
+    model: nn.Module, name: str, values: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under PEFT's names, without ``base_model.model.``.
+
+    Args:
+        model: the user's model.
+        name: the adapter.
+        values: tensors that somebody has gathered, under the names of a state dict of ``model``.
+
+    Raises:
+        StateError: a tensor is in parts that nobody here can gather.
+    """
     out: dict[str, Tensor] = {}
-    for o in owned(model, name):
-        for key, tensor in o.part.file_tensors().items():
-            plain = o.front + key
-            assert plain not in out, f"two tensors would be saved as {plain}"
-            out[plain] = tensor.detach()
+    parts = owned(model, name)
+    with whole(model, parts, values):
+        for o in parts:
+            for key, tensor in o.part.file_tensors().items():
+                plain = o.front + key
+                assert plain not in out, f"two tensors would be saved as {plain}"
+                out[plain] = tensor.detach()
     return out
 
 
@@ -150,7 +180,8 @@ def compare(
         key_mapping: regex -> replacement, for the names of a model that was built otherwise.
     """
     want, report, found = expected(parts), LoadReport(), {}
-    names = {key: renamed(key, key_mapping, want) for key in tensors}
+    names = None if key_mapping else _as_written(want, tensors)
+    names = names or {key: renamed(key, key_mapping, want) for key in tensors}
     known = want.keys() >= set(names.values())
     base = {} if known else _embeddings(model, tensors, want)
     for key, plain in names.items():
@@ -171,6 +202,17 @@ def compare(
     return report, found
 
 
+def _as_written(want: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str] | None:
+    """File name -> name in the adapter, where a file has just the names that would be written now:
+    then a path that begins as a wrapper's does is not mistaken for one.
+    """
+    for wrapped in (True, False):
+        names = {full(plain, wrapped): plain for plain in want}
+        if names.keys() == tensors.keys():
+            return {key: names[key] for key in tensors}
+    return None
+
+
 def judge(
     report: LoadReport, where: str, strict: bool, hint: Callable[[], str] = lambda: ""
 ) -> None:
@@ -182,6 +224,9 @@ def judge(
     if report.ok:
         return
     text = f"{where} does not fit this adapter and model{hint()}:\n{report}"
+    missing = [name.removeprefix(PREFIX) for name in report.missing]
+    if sides := beside([name.removeprefix(PREFIX) for name in report.unexpected], missing):
+        text += f"\nThe names that differ, numbers as *:\n{sides}"
     if strict and not POLICY.lenient:
         raise FileError(f"{text}\nNothing was loaded. To load what fits, pass strict='warn'.")
     if report.reshaped:
@@ -211,10 +256,24 @@ def fill(
     for o, values in by_part.values():
         if o.part is not resumed:
             o.part.take(values, o.config)
-    carried = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
-    for plain, weight in carried.items():
-        if plain in found and weight.shape == tensors[found[plain]].shape:
-            weight.copy_(tensors[found[plain]])
+    owned = carried(model, parts, tensors, found)
+    switch = switch_of(model) if owned else None
+    with nullcontext() if switch is None else switch.turns.change(None):
+        for plain, weight in owned.items():
+            shards.fill(weight, tensors[found[plain]])
+
+
+def carried(
+    model: nn.Module, parts: list[Owned], tensors: Mapping[str, Any], found: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The base's own weights that a file has values for, by name."""
+    want = expected(parts)
+    every = {} if want.keys() >= found.keys() else _embeddings(model, tensors, want)
+    return {
+        plain: weight
+        for plain, weight in every.items()
+        if plain in found and weight.shape == tensors[found[plain]].shape
+    }
 
 
 def renamed(key: str, key_mapping: Mapping[str, str] | None, want: Mapping[str, Any] = {}) -> str:
@@ -279,5 +338,5 @@ def _double(plain: str, parts: list[Owned]) -> bool:
 
 
 def _near(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
-    return f"  (nearest: {near[0]})" if near else ""
+    near = nearest(name, others, 1, 0.8)
+    return f"  (nearest: {near[1:-1]})" if near else ""

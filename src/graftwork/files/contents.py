@@ -14,7 +14,8 @@ from ..meaning import default_of
 from .codec import PREFIX, ROOT
 from .folder import PICKLE, WEIGHTS
 from .hub import Source
-from .mapped import opened
+from .mapped import layout
+from .sharded import shards_of
 
 FILLED_IN = {f.name for f in fields(PeftConfig)}  # what the library writes into a config
 TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
@@ -58,21 +59,22 @@ def read_header(source: Source) -> tuple[list[Held], int]:
         FileError: there is no file of that kind, or it is damaged.
     """
     path = source.find(WEIGHTS)
-    if path is None and source.find(PICKLE) is not None:
+    paths = list(shards_of(source)) if path is None else [path]
+    if not paths and source.find(PICKLE) is not None:
         raise FileError(
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code and is not "
             "opened. If you trust it, load it with PeftModel.from_pretrained(..., "
             "allow_pickle=True), and save it again to have it as safetensors"
         )
-    if path is None:
+    if not paths:
         raise FileError(f"{source} has no {WEIGHTS}, so the adapter is not whole; save it again")
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        held = [
-            Held(name, TYPES.get(s.get_dtype(), s.get_dtype().lower()), tuple(s.get_shape()))
-            for name, s in slices.items()
-        ]
-    return held, path.stat().st_size
+    found = [layout(path) for path in paths]
+    held = [
+        Held(name, TYPES.get(one.kind, one.kind.lower()), one.shape)
+        for each in found
+        for name, one in sorted(each.entries.items())
+    ]
+    return held, sum(each.size for each in found)
 
 
 def changed(config: PeftConfig) -> dict[str, Any]:

@@ -1,10 +1,5 @@
 """One adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes
-them.
-
-Saving is atomic as a whole. The new config is written beside the old one under a name that holds
-its digest; the weights, whose header names that digest, then replace the old weights in one rename;
-then the config takes its place. A reader that comes after a crash between the two renames finds the
-digest in the weights and takes the waiting config.
+them; saving is atomic as a whole.
 """
 
 from __future__ import annotations
@@ -13,27 +8,29 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..config import CONFIG_NAME, PeftConfig
 from ..errors import POLICY, FileError
+from ..fast.shards import gather
+from . import identity, schema
+from .atomic import WEIGHTS as WEIGHTS
+from .atomic import Saving, settled
+from .bounded import content, parsed, shown
 from .hub import Source
-from .mapped import opened, read
+from .mapped import layout, read
+from .pickled import unpickled
+from .sharded import read_shards
 
-WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 NOTE = "graftwork"  # the entry in the weights' header that is ours
 BESIDE = {"training": "training_state", "start": "graftwork_start"}  # in that entry -> file
-MAX_CONFIG = 16 * 2**20  # bytes; a config is a few kilobytes
 
 
 def write(
@@ -56,29 +53,31 @@ def write(
     Raises:
         FileError: the folder cannot be written; the old adapter is intact.
     """
-    text = config.to_json().encode()
-    digest = hashlib.sha256(text).hexdigest()[:16]
+    with Saving(folder).begun() as saving:
+        put(saving, "", config, tensors, note, beside)
+
+
+def put(
+    saving: Saving,
+    within: str,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    note: Mapping[str, Any],
+    beside: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """One adapter among what is saved; ``within``: its folder there, the rest as of ``write``."""
     states = {key: to_bytes(_apart(t), {"format": "pt"}) for key, t in beside.items() if t}
     kept = {
         key: f"{BESIDE[key]}-{hashlib.sha256(state).hexdigest()[:16]}.safetensors"
         for key, state in states.items()
     }
-    noted = {**note, "config": digest, "training": "", **kept}
+    noted = {**note, "training": "", **kept}
+    for key, name in kept.items():
+        saving.put(os.path.join(within, name), states[key])
+    saving.put(os.path.join(within, CONFIG_NAME), config.to_json().encode())
     header = {"format": "pt", NOTE: json.dumps(noted, sort_keys=True)}
-    waiting = f".{CONFIG_NAME}.{digest}"
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for key, name in kept.items():
-            _replace(folder / name, states[key])
-        _replace(folder / waiting, text)
-        _replace(folder / WEIGHTS, to_bytes(_apart(tensors), header))
-        # from here on the folder holds the new adapter
-        os.replace(folder / waiting, folder / CONFIG_NAME)
-        _sync_folder(folder)
-        patterns = [f".{CONFIG_NAME}.*", *(f"{stem}-*.safetensors" for stem in BESIDE.values())]
-        for old in [path for pattern in patterns for path in folder.glob(pattern)]:
-            if old.name not in kept.values():
-                old.unlink(missing_ok=True)
+    saving.put(os.path.join(within, WEIGHTS), to_bytes(_apart(tensors), header))
+    saving.drop(within, [f"{stem}-*.safetensors" for stem in BESIDE.values()], kept.values())
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,65 +85,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor"):
-            tensor = _gathered(name, tensor)
+        if tensor.is_meta:
+            raise FileError(f"{name} is on the meta device, so it has no values; load them first")
+        tensor = gather(name, tensor)
         value = tensor.detach().cpu().contiguous()
         if value.numel() and value.untyped_storage().data_ptr() in seen:
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         out[name] = value
     return out
-
-
-def _gathered(name: str, tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "full_tensor"):
-        whole: Tensor = tensor.full_tensor()
-        return whole
-    what = "is on the meta device, so it has no values" if tensor.is_meta else "is partitioned"
-    raise FileError(
-        f"{name} {what}; gather it before saving (deepspeed.zero.GatheredParameters), or load its "
-        "values first"
-    )
-
-
-def _replace(path: Path, data: bytes) -> None:
-    with replacing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of one at the end of the block, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FileError(
-            f"the adapter could not be saved in {folder}: {error}. What was there before is "
-            "intact; choose another folder or make room"
-        ) from error
 
 
 def read_config(where: Any, subfolder: str | None = None, **options: Any) -> PeftConfig:
@@ -156,36 +105,42 @@ def read_config(where: Any, subfolder: str | None = None, **options: Any) -> Pef
     return config_of(Source(where, subfolder, **options))
 
 
-def config_of(source: Source, note: Mapping[str, Any] | None = None) -> PeftConfig:
-    """The config that belongs to the weights of a source; ``note``: theirs, if it is known."""
-    from ..table import METHODS, method
+def config_of(source: Source) -> PeftConfig:
+    """The config of a source."""
+    return settled(source.at, lambda: _config_of(source))
 
+
+def _config_of(source: Source) -> PeftConfig:
     path = source.find(CONFIG_NAME)
-    noted = note if note is not None or source.folder is None else note_of(source)
-    if source.folder is not None and (digest := (noted or {}).get("config")):
-        waiting = source.find(f".{CONFIG_NAME}.{digest}")
-        path = waiting or path
     if path is None:
         raise FileError(f"{source} has no {CONFIG_NAME}, so it is no adapter folder")
-    if path.stat().st_size > MAX_CONFIG:
-        raise FileError(
-            f"{path} has {path.stat().st_size} bytes, far more than a config; it is damaged or "
-            "hostile"
-        )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileError(f"{path} is no JSON: {error}") from error
+    return config_in(content(path), path)
+
+
+def config_in(text: bytes, where: Any) -> PeftConfig:
+    """The config that the text of a file says; ``where``: the file, for messages.
+
+    Raises:
+        FileError: it says none, or one that cannot be used.
+    """
+    from ..table import METHODS, method
+
+    data = parsed(text, where)
     if not isinstance(data, dict) or "peft_type" not in data:
-        raise FileError(f"{path} has no 'peft_type', so it is no adapter's config")
-    if data["peft_type"] not in METHODS:
         raise FileError(
-            f"{path} is of the method {data['peft_type']!r}; this version has {sorted(METHODS)}"
+            f"{where} has no 'peft_type', so it is no adapter's config; give the folder that "
+            "save_pretrained wrote"
         )
+    if not isinstance(kind := data["peft_type"], str) or kind not in METHODS:
+        raise FileError(
+            f"{where} is of the method {shown(kind)}; this version has {sorted(METHODS)}"
+        )
+    cls = method(kind).config
+    data = schema.checked(cls, data, where)
     try:
-        return method(data["peft_type"]).config.from_fields(data, str(path))
+        return cls.from_fields(data, str(where))
     except (TypeError, ValueError) as error:
-        raise FileError(f"{path} cannot be used: {error}") from error
+        raise FileError(f"{where} cannot be used: {str(error)[:2000]}") from error
 
 
 def note_of(source: Source) -> dict[str, Any]:
@@ -193,16 +148,18 @@ def note_of(source: Source) -> dict[str, Any]:
     path = source.find(WEIGHTS)
     if path is None:
         return {}
-    with opened(path) as file:
-        return _note(file.metadata() or {})
+    return _note(layout(path).metadata)
 
 
 def _note(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        note = json.loads(metadata.get(NOTE, "{}"))
-    except json.JSONDecodeError:
+        note = parsed(metadata.get(NOTE, "{}").encode(), NOTE)
+    except (FileError, UnicodeEncodeError):
         return {}
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict):
+        return {}
+    texts = {key: note[key] for key in ("config", *BESIDE) if isinstance(note.get(key), str)}
+    return texts | {"identity": identity.checked(note.get("identity"))}
 
 
 class Contents:
@@ -213,9 +170,11 @@ class Contents:
 
     @cached_property
     def file(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """What the file of weights holds, where there is one in the format of safetensors."""
-        path = self.source.find(WEIGHTS)
-        return None if path is None else read(path)
+        """What the files of weights hold, where there are any in the format of safetensors."""
+        if (path := self.source.find(WEIGHTS)) is not None:
+            return read(path)
+        sharded = read_shards(self.source)
+        return None if sharded is None else (sharded, {})
 
     @property
     def note(self) -> dict[str, Any]:
@@ -226,7 +185,7 @@ class Contents:
     def tensors(self) -> dict[str, Tensor]:
         """As of ``read_tensors``."""
         if self.file is None:
-            return _unpickled(self.source, None, self.allow_pickle)
+            return _unpickled(self.source, self.allow_pickle)
         return self.file[0]
 
 
@@ -243,13 +202,11 @@ def read_tensors(
     Raises:
         FileError: there are no weights, or they are damaged.
     """
-    path = source.find(WEIGHTS)
-    if path is not None:
-        return {name: tensor.to(device or "cpu") for name, tensor in read(path)[0].items()}
-    return _unpickled(source, device, allow_pickle)
+    found = settled(source.at, lambda: Contents(source, allow_pickle).tensors)
+    return {name: tensor.to(device or "cpu") for name, tensor in found.items()}
 
 
-def _unpickled(source: Source, device: str | None, allow_pickle: bool) -> dict[str, Tensor]:
+def _unpickled(source: Source, allow_pickle: bool) -> dict[str, Tensor]:
     pickled = source.find(PICKLE)
     if pickled is None:
         raise FileError(f"{source} has neither {WEIGHTS} nor {PICKLE}, so it is no adapter folder")
@@ -258,21 +215,7 @@ def _unpickled(source: Source, device: str | None, allow_pickle: bool) -> dict[s
             f"{source} has its weights in {PICKLE}, a pickle, which can carry code. If you trust "
             "it, pass allow_pickle=True, and save it again to have it as safetensors"
         )
-    try:
-        loaded = torch.load(pickled, device or "cpu", weights_only=True)
-        return {str(name): _a_tensor(value) for name, value in loaded.items()}
-    except (UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FileError(
-            f"{pickled} is damaged, or holds more than tensors, such as code to run; it was not "
-            f"read: {reason}"
-        ) from error
-
-
-def _a_tensor(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} is among the tensors")
-    return value
+    return unpickled(pickled, "cpu")
 
 
 def read_beside(

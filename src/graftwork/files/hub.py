@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from . import atomic
 
 HUB_OPTIONS = (
     "revision",
@@ -42,8 +44,14 @@ class Source:
         self.options = {k: v for k, v in options.items() if k in HUB_OPTIONS}
         if "use_auth_token" in options:
             self.options["token"] = options["use_auth_token"]
-        self.folder = Path(self.where) if os.path.isdir(self.where) else None
-        if self.folder is not None and not (self.folder / self.subfolder).is_dir():
+        parts = re.split(r"[/\\]", self.subfolder)
+        if ".." in parts or "\0" in self.subfolder or os.path.isabs(self.subfolder):
+            raise FileError(
+                f"the subfolder {self.subfolder!r} leads outside of {self.where}; give that folder "
+                "itself, without a subfolder"
+            )
+        self.folder = Path(self.where) if atomic.is_folder(Path(self.where)) else None
+        if self.at is not None and self.folder is not None and not atomic.is_folder(self.at):
             raise FileError(
                 f"{self.where} has no folder {self.subfolder!r}; it has {_folders(self.folder)}"
             )
@@ -56,15 +64,21 @@ class Source:
     def __str__(self) -> str:
         return os.path.join(self.where, self.subfolder) if self.subfolder else self.where
 
+    @property
+    def at(self) -> Path | None:
+        """The folder of the files; None: on the hub, where nothing changes."""
+        return None if self.folder is None else self.folder / self.subfolder
+
     def find(self, name: str) -> Path | None:
         """The path of a file, fetched where needed; None where the source has no such file.
 
         Raises:
             FileError: the repository does not exist or cannot be reached.
         """
-        if self.folder is not None:
-            path = self.folder / self.subfolder / name
-            return path if path.is_file() else None
+        if self.at is not None:
+            if (path := atomic.find(self.at, name)) is not None:
+                self._check_inside(path)
+            return path
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
@@ -73,6 +87,7 @@ class Source:
             RepositoryNotFoundError,
         )
 
+        client: Any = HfHubHTTPError.__bases__[0]  # the error of whichever client the hub uses
         try:
             return Path(
                 hf_hub_download(self.where, name, subfolder=self.subfolder or None, **self.options)
@@ -85,10 +100,27 @@ class Source:
             ) from error
         except EntryNotFoundError:
             return None
-        except (RepositoryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        except (RepositoryNotFoundError, HfHubHTTPError, ValueError) as error:
             raise FileError(
                 f"{self.where} is no folder here, and not to be had from the hub: {error}"
             ) from error
+        except (client, OSError, RuntimeError) as error:
+            raise FileError(
+                f"fetching {name} of {self} from the hub broke off: {error!r}. Nothing was loaded; "
+                "try again, or fetch it with `hf download` and give its folder"
+            ) from error
+
+    def _check_inside(self, path: Path) -> None:
+        """Refuse a link that leads out; those of the hub's own cache stay within a repository."""
+        assert self.folder is not None and self.at is not None
+        root, real = Path(os.path.realpath(self.folder)), Path(os.path.realpath(path))
+        caches = [one.parent / "blobs" for one in (root, *root.parents) if one.name == "snapshots"]
+        saved = [Path(os.path.realpath(staged)) for _, staged in atomic.waiting(self.at)]
+        if not any(real.is_relative_to(one) for one in (root, *caches, *saved)):
+            raise FileError(
+                f"{path} is a link to {real}, outside of its folder, and is not followed; if you "
+                "trust it, put a copy of the file in its place"
+            )
 
     def need(self, name: str) -> Path:
         """The path of a file that must be there."""

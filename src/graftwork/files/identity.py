@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.tree import parameters
+from ..fast.shards import class_of, shape_of, split
 
 SAMPLED = 16  # weights that are sampled
 POINTS = 64  # numbers taken from each of them
@@ -42,17 +44,20 @@ def identity(model: nn.Module, grown: Collection[str] = ()) -> dict[str, Any]:
 
 def _identity(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Any]:
     named = list(parameters.items())
-    shapes = {name: list(p.shape) for name, p in named}
-    weights = [
-        (name, p) for name, p in named if p.is_floating_point() and p.ndim > 1 and not p.is_meta
-    ]
+    shapes = {name: list(shape_of(p)) for name, p in named}
+    weights = [(name, p) for name, p in named if p.ndim > 1 and _readable(p)]
     chosen = weights[:: max(1, len(weights) // SAMPLED)][:SAMPLED]
     return {
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "config": _digest(_config(model)),
         "shapes": _digest(shapes),
         "weights": {name: sample(p) for name, p in chosen},
     }
+
+
+def _readable(weight: Tensor) -> bool:
+    """Whether this process alone can look at a weight's numbers."""
+    return weight.is_floating_point() and not weight.is_meta and split(weight) is None
 
 
 def sample(weight: Tensor) -> str:
@@ -63,6 +68,16 @@ def sample(weight: Tensor) -> str:
     ).long()
     values = flat[points.to(flat.device)].to(torch.bfloat16).float().cpu()
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def checked(saved: Any) -> dict[str, Any]:
+    """An identity that a file holds; empty where it is none."""
+    texts = ("class", "config", "shapes")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), str) for key in texts):
+        return {}
+    weights = saved.get("weights")
+    whole = isinstance(weights, dict) and all(isinstance(v, str) for v in weights.values())
+    return {**{key: saved[key] for key in texts}, "weights": weights if whole else {}}
 
 
 def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
@@ -81,7 +96,7 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
     weights = {
         name: digest
         for name, digest in saved.get("weights", {}).items()
-        if name in here and here[name].is_floating_point() and not here[name].is_meta
+        if name in here and _readable(here[name])
     }
     digests = {**{n: sample(here[n]) for n in weights if n not in now["weights"]}, **now["weights"]}
     other = [name for name, digest in weights.items() if digests[name] != digest]
@@ -95,8 +110,10 @@ def differences(model: nn.Module, saved: dict[str, Any]) -> list[str]:
 
 def _config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", {})
-    data = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    return _lasting(data)
+    if hasattr(config, "to_dict"):
+        return _lasting(config.to_dict())
+    plain = isinstance(config, Mapping)  # a model of one's own may have any object there
+    return _lasting(dict(config) if plain else dict(getattr(config, "__dict__", {})))
 
 
 def _lasting(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -106,4 +123,10 @@ def _lasting(data: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    text = json.dumps(data, sort_keys=True, default=_named)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _named(value: Any) -> str:
+    """A value that JSON does not have, without its address, which another process does not have."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..config import CONFIG_NAME
-from ..engine.inject import check_name
+from ..targets.names import check_name
 from .codec import ROOT
-from .folder import read_tensors
+from .folder import config_of, read_tensors
 from .hub import Source
 
 
@@ -21,23 +23,48 @@ def in_order(adapters: Mapping[str, str]) -> dict[str, str]:
     return {name: adapters[name] for name in names}
 
 
-def within(source: Source, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Which adapters were saved within another: name -> where, and the folder there."""
+class Held:
+    """An adapter in a folder.
+
+    Args:
+        where: the folder or hub id.
+        subfolder: a folder inside it.
+    """
+
+    def __init__(self, where: str, subfolder: str = "") -> None:
+        self.source = Source(where, subfolder)
+        self.content: tuple[Any, dict[str, Tensor]] | None = None
+
+    def read(self) -> tuple[Any, dict[str, Tensor]]:
+        """Its config and its tensors."""
+        return config_of(self.source), read_tensors(self.source)
+
+    def take(self) -> tuple[Any, dict[str, Tensor]]:
+        """What was read of it before, once; else what is there now."""
+        content, self.content = self.content or self.read(), None
+        return content
+
+
+def within(source: Source, names: Iterable[str]) -> dict[str, Held]:
+    """The adapters that were saved within another, by name, as they are now: what is read of the
+    outer one has to be of the same save.
+    """
     found = {}
-    for name in names:
+    for name in (n for n in names if ".." not in re.split(r"[/\\]", n)):
         if source.find(f"{name}/{CONFIG_NAME}") is not None:
-            found[name] = source.where, f"{source.subfolder}/{name}".lstrip("/")
+            held = Held(source.where, f"{source.subfolder}/{name}".lstrip("/"))
+            found[name], held.content = held, held.read()
     return found
 
 
-def strayed(places: Mapping[str, tuple[str, str]], front: str) -> dict[str, Tensor]:
+def strayed(places: Mapping[str, Held], front: str) -> dict[str, Tensor]:
     """PEFT 0.21.2 takes an adapter's name out of other names: where adapters are called 0, 1, ...,
     layer i of what begins with ``front`` is in folder i, without the i, and the adapters themselves
     are not whole.
     """
     found = {}
     for name, place in places.items():
-        tensors = read_tensors(Source(*place))
+        tensors = read_tensors(place.source)
         for leaf in ("weight", "bias"):
             if (key := f"{ROOT}{front}{leaf}") in tensors:
                 found[f"{ROOT}{front}{name}.{leaf}"] = tensors[key]

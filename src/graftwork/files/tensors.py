@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import FileError
+from .bounded import weight_map
 from .hub import Source
+from .mapped import layout, opened
+from .pickled import unpickled
 
 
 class Weights:
@@ -32,8 +33,7 @@ class Weights:
         self.source = Source(folder or ".", local_files_only=True)
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         if path := self.source.find(name):
-            with safe_open(path, framework="pt") as file:
-                self.files: dict[str, Path | None] = dict.fromkeys(file.keys(), path)
+            self.files: dict[str, Path | None] = dict.fromkeys(layout(path).entries, path)
             return
         index = self.source.find(f"{name}.index.json")
         if index is None:
@@ -41,15 +41,18 @@ class Weights:
                 f"{self.source} has no {name} on this machine; give model_path, the folder of the "
                 "model before it was quantised"
             )
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        self.files = {key: self.source.find(shard) for key, shard in shards.items()}
+        shards = weight_map(index)
+        paths = {shard: self.source.find(shard) for shard in dict.fromkeys(shards.values())}
+        self.files = {key: paths[shard] for key, shard in shards.items()}
 
     def get(self, name: str) -> Tensor:
         """A weight, in fp32."""
         name = name if name in self.files else name.removeprefix(self.prefix)
         if (path := self.files.get(name)) is None:
             raise FileError(f"{self.source} has no weight {name}; is it this model's folder?")
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
+            if name not in file.keys():
+                raise FileError(f"{path} has no weight {name}, which its index names")
             tensor: Tensor = file.get_tensor(name)
         return tensor.float()
 
@@ -63,8 +66,7 @@ def cached(
     computed, and written there if a file is wished.
     """
     if file is not None and os.path.isfile(file) and os.path.getsize(file):
-        tensors: dict[str, Tensor] = torch.load(file, device, weights_only=True)
-        return tensors
+        return unpickled(Path(file), device)
     tensors = compute()
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)

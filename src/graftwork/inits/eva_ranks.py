@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calibrate.layers import loras
-from ..engine.inject import inject
-from ..engine.root import delete
+from ..engine.inject import delete, inject
 from ..engine.tree import hosts
 from ..errors import warn
 from ..methods.lora import LoRA
 from ..model.functional import switch_of, user_model
+from ..patterns import exact
 from .noted import WAITING
 from .options import EvaConfig
 
@@ -57,15 +56,15 @@ def _redistributed(config: Any, adapted: Mapping[str, LoRA], factors: Mapping[st
         r = len(factors[path]) if path in factors else here.r
         alpha = here.lora_alpha * r / here.r if keep and r != here.r else here.lora_alpha
         if r == 0:
-            out.append(re.escape(path))
+            out.append(exact(path))
             continue
-        name = f"^{path}" if any(p.endswith(f".{path}") for p in adapted) else path
+        name = "^" * any(p.endswith(f".{path}") for p in adapted) + exact(path)
         if r != config.r:
             ranks[name] = r
         if alpha != config.lora_alpha:
             alphas[name] = alpha
     if out:
         old = config.exclude_modules or ()
-        known = [old] if isinstance(old, str) else [rf"(.*\.)?{re.escape(e)}" for e in old]
+        known = [old] if isinstance(old, str) else [rf"(.*\.)?{exact(e)}" for e in old]
         config = replace(config, exclude_modules="|".join([*known, *out]))
     return replace(config, rank_pattern=ranks, alpha_pattern=alphas)

@@ -14,8 +14,11 @@ from typing import Any
 
 from ..config import FORMAT_VERSION
 from ..errors import POLICY, GraftworkError
-from .names import MODULES, NAMES
+from .exports import EXPORTS, MODULES
+from .facts import LAYER_NAMES
+from .names import NAMES, REFUSED
 from .transformers import watch
+from .wording import worded
 
 
 def become_peft() -> ModuleType:
@@ -38,9 +41,10 @@ def become_peft() -> ModuleType:
             "python -m graftwork.as_peft program.py"
         )
     sys.meta_path.insert(0, _Finder())
-    POLICY.lenient = True
+    POLICY.lenient, POLICY.words = True, worded
     _forget_availability()
     watch("transformers.integrations.peft", teach_loading)
+    import_module("graftwork.interop.surface").install()
     return import_module("peft")
 
 
@@ -52,17 +56,26 @@ class Alias(ModuleType):
             return import_module(f"{self.__name__}.{name}")
         if name == "__version__" and self.__name__ == "peft":
             return shown_version()
-        if name in NAMES:
-            where, ours = NAMES[name]
+        place = self._place(name)
+        if place is not None:
+            where, ours = place
             value = getattr(import_module(f"graftwork.{where}"), ours)
             setattr(self, name, value)
             return value
         if name.startswith("__"):
             raise AttributeError(name)
+        why = REFUSED.get(name)
+        remedy = f"in place of it: {why}" if why else "this program needs the real peft for it"
         raise AttributeError(
-            f"graftwork, which stands in for peft here, has no {self.__name__}.{name}; this "
-            "program needs the real peft for it"
+            f"graftwork, which stands in for peft here, has no {self.__name__}.{name}; {remedy}"
         )
+
+    def _place(self, name: str) -> tuple[str, str] | None:
+        """Where a name is here: each package of tuners has a ``Linear`` of its own."""
+        package = [*self.__name__.split("."), "", ""][2]
+        if name in LAYER_NAMES.get(package, ()):
+            return "interop.classes", f"{package}.{name}"
+        return NAMES.get(name)
 
     def __dir__(self) -> Iterable[str]:
         return sorted({*super().__dir__(), *NAMES})
@@ -96,7 +109,8 @@ class _Loader(importlib.abc.Loader):
         return Alias(spec.name, f"graftwork, standing in for {spec.name}")
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["__all__"] = sorted(NAMES)
+        if module.__name__ in EXPORTS:
+            module.__dict__["__all__"] = list(EXPORTS[module.__name__])
 
 
 class _Distribution(Distribution):
@@ -121,7 +135,7 @@ def shown_version() -> str:
     asked: list[str] = re.findall(
         r"\d+(?:\.\d+)+", "" if table is None else table.deps.get("peft", "")
     )
-    return max(FORMAT_VERSION, *asked, key=lambda v: tuple(map(int, v.split("."))))
+    return max([FORMAT_VERSION, *asked], key=lambda v: tuple(map(int, v.split("."))))
 
 
 def teach_loading(module: ModuleType) -> None:

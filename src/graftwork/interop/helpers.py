@@ -65,7 +65,10 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     parts = [m for m in model.modules() if isinstance(m, (LoRA, AdaLoRA))]
     scales = [part.scale for part in parts]
     if not parts:
-        raise ValueError("LoRA and AdaLoRA have a scale, and this model has neither")
+        raise ValueError(
+            "LoRA and AdaLoRA have a scale, and this model has neither, so there is nothing to "
+            "rescale; leave rescale_adapter_scale out"
+        )
     try:
         for part, scale in zip(parts, scales, strict=True):
             part.scale = scale * multiplier

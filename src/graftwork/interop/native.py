@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from ..config import PeftConfig
+from ..engine import inject as injection
+from ..engine.root import Grafted
 from ..errors import StateError
+from ..files.atomic import settled
 from ..files.codec import LoadReport
-from ..files.hub import HUB_OPTIONS
+from ..files.hub import HUB_OPTIONS, Source
 from ..model.functional import (
-    inject_adapter_in_model,
     load_peft_weights,
+    set_adapter,
     set_peft_model_state_dict,
 )
 from ..model.updating import (
@@ -60,20 +63,39 @@ def load_adapter(
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     if peft_model_id is None and (peft_config is None or adapter_state_dict is None):
         raise StateError("give peft_model_id, or both peft_config and adapter_state_dict")
-    config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **options)
+
+    def read() -> tuple[Any, dict[str, Tensor]]:
+        config = peft_config or PeftConfig.from_pretrained(str(peft_model_id), **options)
+        return config, dict(adapter_state_dict or load_peft_weights(str(peft_model_id), **options))
+
+    source = None if peft_model_id is None else Source(peft_model_id, options.get("subfolder"))
+    config, tensors = settled(None if source is None else source.at, read)
     if isinstance(config, Mapping):
         config = PeftConfig.from_peft_type(**config)
     config.inference_mode = not is_trainable
-    tensors = dict(adapter_state_dict or load_peft_weights(str(peft_model_id), **options))
     ready = getattr(self, "_hotswap_enabled", False)
     known = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
     if hotswap is True or (hotswap and ready and name in known):
         return hotswap_adapter_from_state_dict(self, tensors, name, config)
-    inject_adapter_in_model(config, self, name, low_cpu_mem_usage)
-    self._hf_peft_config_loaded = True
-    report = set_peft_model_state_dict(self, tensors, name)
+    report = _add(self, config, name, tensors, low_cpu_mem_usage)
     if ready:
         prepare_model_for_compiled_hotswap(self, **self._prepare_peft_hotswap_kwargs)
     if not is_trainable:
         self.eval()
+    return report
+
+
+def _add(
+    model: Any, config: Any, name: str, tensors: Mapping[str, Tensor], meta: bool
+) -> LoadReport:
+    """Put an adapter with its values in, and make it active; on an error the model is as it was."""
+    first = injection.switch_of(model) is None
+    switch = injection.inject(model, config, name, meta=meta)
+    try:
+        report = set_peft_model_state_dict(model, tensors, name)
+    except BaseException:
+        Grafted.around(model).unload() if first else injection.delete(model, switch, (name,))
+        raise
+    model.peft_config, model._hf_peft_config_loaded = switch.configs, True
+    set_adapter(model, name, config.inference_mode)
     return report

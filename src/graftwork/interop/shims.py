@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,98 +14,19 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType, TargetConfig, pattern_matches
 from ..engine.dense import dense
-from ..engine.host import Host
-from ..engine.module import PARAM, ModuleHost
-from ..engine.root import Grafted
 from ..engine.tree import inside
-from ..methods.lora import LoRA
-from ..model import report
-from ..model.peft_model import PeftModel
-from ..parts.tokens import Tokens
-from ..parts.whole import Copy
 from ..table import METHODS
 from ..targets.defaults import IA3_FEEDFORWARD, TARGETS
-from .names import INSTALLED
+from . import tuners
+from .facts import prefix_of
+from .names import INSTALLED, NAMES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}  # as in PEFT 0.21
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
-
-
-class _Having(type):
-    """A class whose instances are the hosts that have a part of some kind."""
-
-    part: type[nn.Module] | None
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, Host):
-            return False
-        if cls.part is None:
-            return True
-        return any(
-            isinstance(p, cls.part) for n in instance.adapters for _, p in instance.parts_of(n)
-        )
-
-
-class AuxiliaryTrainingWrapper(metaclass=_Having):
-    """PEFT's base of wrappers that are no tuner layers; every host tells where its tensors go."""
-
-    part = None
-
-
-class ModulesToSaveWrapper(metaclass=_Having):
-    """A host in which an adapter trains a whole module."""
-
-    part = Copy
-
-
-class TrainableTokensWrapper(metaclass=_Having):
-    """A host in which an adapter trains rows of an embedding."""
-
-    part = Tokens
-
-
-class LoraLayer(metaclass=_Having):
-    """A host with a LoRA."""
-
-    part = LoRA
-
-
-class _Around(type):
-    """A class whose instances are the hosts around layers of some types, by their names."""
-
-    layers: frozenset[str]
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        kinds = type(inside(instance)).__mro__ if isinstance(instance, Host) else ()
-        return not cls.layers.isdisjoint(kind.__name__ for kind in kinds)
-
-
-def _around(name: str, *others: str) -> _Around:
-    doc = f"A host around a layer of PEFT's ``{name}``."
-    return _Around(name, (), {"layers": frozenset({name, *others}), "__doc__": doc})
-
-
-Linear = _around("Linear", "Conv1D")
-Embedding = _around("Embedding")
-Conv1d, Conv2d, Conv3d = (_around(f"Conv{n}d") for n in (1, 2, 3))
-MultiheadAttention = _around("MultiheadAttention")
-Linear4bit, Linear8bitLt = _around("Linear4bit"), _around("Linear8bitLt")
-GPTQLoraLinear, EetqLoraLinear = _around("BaseQuantLinear"), _around("EetqLinear")
-
-
-class _AtParameters(type):
-    def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, ModuleHost) or isinstance(instance, MultiheadAttention):
-            return False
-        keys = [key for name in instance.adapters for key, _ in instance.parts_of(name)]
-        return any(key.startswith(PARAM) for key in keys)
-
-
-class ParamWrapper(metaclass=_AtParameters):
-    """A host in which an adapter sits at bare parameters, such as stacked experts."""
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
@@ -136,6 +60,7 @@ def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze a model and let gradients flow through its checkpoints; nothing is cast to fp32.
 
@@ -143,6 +68,7 @@ def prepare_model_for_kbit_training(
         model: a model of transformers.
         use_gradient_checkpointing: switch gradient checkpointing on.
         gradient_checkpointing_kwargs: its options.
+        auto_clear_cache: PEFT's option.
     """
     model.requires_grad_(False)
     if use_gradient_checkpointing:
@@ -160,26 +86,6 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters in ``dtype``, trained ones in fp32."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
-
-
-def get_layer_status(model: nn.Module) -> list[report.TunerLayerStatus]:
-    """PEFT's report on each adapted layer."""
-    return report.layer_status(_root(model))
-
-
-def get_model_status(model: nn.Module) -> report.TunerModelStatus:
-    """PEFT's report on the model."""
-    if isinstance(model, PeftModel):
-        return report.model_status(model)
-    raise TypeError(f"get_model_status needs a PeftModel, not a {type(model).__name__}")
-
-
-def _root(model: nn.Module) -> Grafted:
-    if isinstance(model, PeftModel):
-        return model.base_model
-    if isinstance(model, Grafted):
-        return model
-    raise TypeError(f"get_layer_status needs a PeftModel, not a {type(model).__name__}")
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -220,15 +126,6 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
-# what PEFT's tensor names begin with, where it is not the method's name
-_PREFIX = {
-    "ADALORA": "lora_",
-    "LOHA": "hada_",
-    "VERA": "vera_lambda_",
-    "PVERA": "pvera_lambda_",
-}
-
-
 def _mapping() -> dict[PeftType, type[PeftConfig]]:
     return {
         PeftType(name): row.config for name, row in METHODS.items() if name in PeftType.__members__
@@ -238,10 +135,11 @@ def _mapping() -> dict[PeftType, type[PeftConfig]]:
 def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":
         return _mapping()
-    if name == "PEFT_TYPE_TO_TUNER_MAPPING":
-        return dict.fromkeys(_mapping(), Grafted)
+    if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
+        own = _mapping() if "TUNER" in name else map(PeftType, _MIXED)
+        return {kind: _tuner(kind) for kind in own}
     if name == "PEFT_TYPE_TO_PREFIX_MAPPING":
-        return {kind: _PREFIX.get(kind.value, f"{kind.value.lower()}_") for kind in _mapping()}
+        return {kind: prefix_of(kind.value) for kind in _mapping()}
     if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix(
             "_TARGET_MODULES_MAPPING"
@@ -253,4 +151,64 @@ def __getattr__(name: str) -> Any:
         return dict(IA3_FEEDFORWARD)
     if name in INSTALLED:
         return lambda *_, **__: find_spec(INSTALLED[name]) is not None
+    if name.startswith("is_transformers_"):
+        return _transformers(name)
     raise AttributeError(name)
+
+
+def _transformers(name: str) -> bool:
+    """PEFT's constants about transformers: ``is_transformers_ge_v5_4_0``, ``..._le_4_53``."""
+    here = tuple(int(n) for n in re.findall(r"\d+", version("transformers"))[:3])
+    if name == "is_transformers_dtensor_tp":
+        return here >= (5, 17, 0)
+    asked = tuple(int(n) for n in re.findall(r"\d+", name))
+    return here >= asked if "_ge_" in name else here[: len(asked)] <= asked
+
+
+_MIXED = "LORA ADALORA BEFT HIRA IA3 LOHA LOKR SHIRA ROAD".split()
+_PROMPTS = {
+    "CARTRIDGE": "CartridgeEncoder",
+    "CPT": "CPTEmbedding",
+    "MULTITASK_PROMPT_TUNING": "MultitaskPromptEmbedding",
+    "P_TUNING": "PromptEncoder",
+    "PREFIX_TUNING": "PrefixEncoder",
+    "PROMPT_TUNING": "PromptEmbedding",
+}
+
+
+def _tuner(kind: PeftType) -> type[Any]:
+    if kind.value not in _PROMPTS:
+        return tuners.tuner(kind.value)
+    where, name = NAMES[_PROMPTS[kind.value]]
+    found: type[Any] = getattr(import_module(f"graftwork.{where}"), name)
+    return found
+
+
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Whether torch has an XPU."""
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def is_torch_tpu_available(check_device: bool = True) -> bool:
+    """Whether torch_xla is installed."""
+    return find_spec("torch_xla") is not None
+
+
+def is_npu_available(check_device: bool = False) -> bool:
+    """Whether torch_npu is installed."""
+    return find_spec("torch_npu") is not None
+
+
+def is_mlu_available(check_device: bool = False) -> bool:
+    """Whether torch_mlu is installed."""
+    return find_spec("torch_mlu") is not None
+
+
+mlu_available = False
+
+
+def is_torchao_ge_v0_18_0() -> bool:
+    """Whether torchao is that new."""
+    if find_spec("torchao") is None:
+        return False
+    return tuple(int(n) for n in re.findall(r"\d+", version("torchao"))[:2]) >= (0, 18)

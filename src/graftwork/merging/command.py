@@ -102,10 +102,11 @@ def _whole(
     target = Path(output).expanduser().resolve()
     with Working(target, "in memory", overwrite, (source, adapter)) as work:
         loaded = kind.from_pretrained(source, revision=revision, config=config, dtype="auto")
-        adapted = PeftModel.from_pretrained(loaded, adapter)
+        adapted: Any = PeftModel.from_pretrained(loaded, adapter)
         names = {f"{p}.{n}" for p, h in adapted.base_model.hosts().items()
                  for n in leaves(h, tuple(adapted.active_adapters))}  # fmt: skip
         plain = adapted.merge_and_unload()
         copy_rest(Path(_folder(source, revision)), adapter, work.folder)
         plain.save_pretrained(work.folder)
-    return Merged(target, sorted(names), len(plain.state_dict()) - len(names))
+    report = adapted.merge_report
+    return Merged(target, sorted(names), len(plain.state_dict()) - len(names), report=report)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import FileError, MergeError
+from ..files.atomic import exchange, locked, replacing
 from ..files.codec import PREFIX
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from ..model.probe import MergeReport, reporting
 from .plan import Plan
 from .shards import INDEX, KINDS, SINGLE, Piece, Shard, shards_of, write
 
@@ -42,6 +44,7 @@ WEIGHTS = (
     ".gguf",
     ".index.json",
 )
+SAMPLE = 16  # numbers of a tensor that are read back
 TOKENS = ("token", "vocab", "merges", "special", "added_tokens", "chat_template", "spiece")
 
 
@@ -55,6 +58,7 @@ class Merged:
         copied: how many tensors are as they were.
         added: names of tensors that the base's files did not have.
         resumed: how many files an earlier run had written.
+        report: the layers into which it was merged, and how far their outputs are from before.
     """
 
     output: Path
@@ -62,6 +66,7 @@ class Merged:
     copied: int = 0
     added: list[str] = field(default_factory=list)
     resumed: int = 0
+    report: MergeReport = field(default_factory=MergeReport)
 
 
 def merge_files(
@@ -94,25 +99,33 @@ def merge_files(
     from ..model.peft_model import PeftModel
 
     source, target = Path(base), Path(output).expanduser().resolve()
-    if getattr(config, "quantization_config", None) is not None:
-        raise MergeError(
-            f"the model in {source} is quantised, and a merged weight would be rounded to that "
-            "again; take the model before it was quantised"
-        )
+    _need_plain(source, config)
     shards = shards_of(source)
-    with Working(target, _digest(shards, adapter), overwrite, (base, adapter)) as work:
+    working = Working(target, _digest(shards, adapter), overwrite, (base, adapter))
+    with working as work, reporting() as report:
+        report.ratios.update(work.probed)
         plan = Plan(_built(kind, config, adapter, loading), shards)
         adapted = PeftModel.from_pretrained(plan.model, adapter, **loading)
         plan.adapt(tuple(adapted.active_adapters))
-        found = Merged(target)
+        found = Merged(target, report=report)
+        report.adapters = list(adapted.active_adapters)
         extra: dict[str, Tensor] = {}
         for i, shard in enumerate(shards):
             _merge(plan, shard, work, found, extra)
             if on_file is not None:
                 on_file(i + 1, len(shards))
         _add(plan, work, found, extra)
+        plan.need_all(report.ratios)
         _write_rest(source, adapter, plan.model, extra, work.folder)
     return found
+
+
+def _need_plain(source: Path, config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise MergeError(
+            f"the model in {source} is quantised, and a merged weight would be rounded to that "
+            "again; take the model before it was quantised"
+        )
 
 
 class Working:
@@ -137,44 +150,65 @@ class Working:
                 f"{target} is not empty; name another folder, or say that it may be overwritten"
             )
         self.target, self.digest = target, digest
-        self.folder = target.with_name(f"{target.name}.partial")
+        self.around = target.with_name(f"{target.name}.partial")
+        self.folder = self.around / "model"
         self.done: list[str] = []
+        self.probed: dict[str, float | None] = {}  # layers that are merged, and their probes
+        self.lock = locked(self.around, 0)
 
     def __enter__(self) -> Working:
-        note = self.folder / NOTE
+        self.around.mkdir(parents=True, exist_ok=True)
+        self.lock.__enter__()
         try:
-            before = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = {}
-        if self.folder.exists() and not before and any(self.folder.iterdir()):
-            raise FileError(f"{self.folder} is not of a merge; remove it, or name another folder")
-        done = before.get("done", [])
-        if before.get("of") == self.digest and all((self.folder / n).is_file() for n in done):
-            self.done = list(done)
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.note()
+            self._resume()
+        except BaseException as error:
+            self.lock.__exit__(type(error), error, None)
+            raise
         return self
+
+    def _resume(self) -> None:
+        try:
+            before = json.loads((self.around / NOTE).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            before = {}
+        found = [path for path in self.around.iterdir() if not path.name.startswith(f".{NOTE}")]
+        if found and not before:
+            raise FileError(f"{self.around} is not of a merge; remove it, or name another folder")
+        done = before.get("done", []) if before.get("of") == self.digest else []
+        if all((self.folder / name).is_file() for name in done):
+            self.done, self.probed = list(done), dict(before.get("probed", {}))
+        self.note()
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():  # what a crash has left half done
+            if path.name not in self.done:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
     def note(self, *more: str) -> None:
         """Files are written."""
         self.done += more
-        temporary = self.folder / f".{NOTE}.tmp"
-        temporary.write_text(json.dumps({"of": self.digest, "done": self.done}), encoding="utf-8")
-        os.replace(temporary, self.folder / NOTE)
+        what = {"of": self.digest, "done": self.done, "probed": self.probed}
+        with replacing(self.around / NOTE) as file:
+            file.write(json.dumps(what).encode())
 
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._leave(error)
+        finally:
+            self.lock.__exit__(kind, error, trace)
+
+    def _leave(self, error: Any) -> None:
         if error is None:
-            (self.folder / NOTE).unlink()
-            aside = self.target.with_name(f".{self.target.name}.{os.getpid()}.old")
-            if self.target.exists():
-                os.replace(self.target, aside)
-            os.replace(self.folder, self.target)
-            if aside.exists():
-                shutil.rmtree(aside)
-        elif isinstance(error, (FileError, MergeError)):
-            shutil.rmtree(self.folder)
+            self.done = []  # what lies there from now on is no part of this run
+            self.note()
+            exchange(self.folder, self.target)
+        elif isinstance(error, OSError) and error.errno is not None:
+            raise FileError(
+                f"the merged model could not be written to {self.target}: {error}. What was there "
+                f"before is intact, and what is done is kept in {self.around}: make room and run "
+                "it again to go on"
+            ) from error
+        if error is None or isinstance(error, (FileError, MergeError)):
+            shutil.rmtree(self.around)
 
 
 def _digest(shards: list[Shard], adapter: Any) -> str:
@@ -218,7 +252,8 @@ def _merge(
     """Write one file; what its tensors are besides, where that is something else now, is
     ``extra``."""
     done = shard.path.name in work.done
-    pieces = []
+    pieces: list[Piece] = []
+    samples: dict[str, Tensor] = {}
     for key, entry in shard.entries.items():
         own = plan.names.get(key, [])
         name = own[0] if own else key
@@ -242,9 +277,45 @@ def _merge(
     if done:
         found.resumed += 1
     else:
-        write(work.folder / shard.path.name, pieces, {"format": "pt", **shard.metadata})
+        path = work.folder / shard.path.name
+        write(path, [_sampled(one, samples) for one in pieces], {"format": "pt", **shard.metadata})
+        _read_back(path, samples)
+        work.probed = dict(found.report.ratios)
         work.note(shard.path.name)
     shard.forget()
+
+
+def _sampled(piece: Piece, samples: dict[str, Tensor]) -> Piece:
+    """A piece of which a few numbers are noted when it is computed."""
+    if (compute := piece.value) is None:
+        return piece
+
+    def value() -> Tensor:
+        tensor = compute()
+        samples[piece.name] = _few(tensor).clone()
+        return tensor
+
+    return replace(piece, value=value)
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A few numbers of a tensor, from all over it."""
+    return tensor.detach().cpu().reshape(-1)[:: max(1, tensor.numel() // SAMPLE)]
+
+
+def _read_back(path: Path, samples: dict[str, Tensor]) -> None:
+    """Compare a file with what was to be in it.
+
+    Raises:
+        FileError: it holds something else.
+    """
+    shard = Shard(path)
+    for name, sample in samples.items():
+        if not torch.equal(_few(shard.view(name)), sample):
+            raise FileError(
+                f"{path} does not hold the merged values of {name} after it was written; the disk "
+                "or its file system has lost them: write to another one"
+            )
 
 
 def _value(

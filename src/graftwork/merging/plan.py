@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class Plan:
             every = [part for name in host.present(names) for _, part in host.parts_of(name)]
             if any("merge" in part.FORBIDS for part in every):
                 host.prepare(names)  # says why not
+            if host.present(names) and not leaves(host, names):
+                raise MergeError(
+                    f"the adapter at {path} changes no weight there, so merging would lose it; "
+                    "run it unmerged"
+                )
             for leaf, whole in leaves(host, names).items():
                 name = f"{path}.{leaf}" if path else leaf
                 if name in self.lacking and not whole:
@@ -85,6 +91,20 @@ class Plan:
                 self.changed[name] = host, leaf
         if not self.changed:
             raise MergeError(f"{list(names)} change no weight of this model; nothing to merge")
+
+    def need_all(self, sites: Collection[str]) -> None:
+        """Stop where a layer was left out.
+
+        Raises:
+            MergeError: it is not among the layers that were merged.
+        """
+        every = dict.fromkeys(host.path for host, _ in self.changed.values())
+        if lost := [path for path in every if path not in sites]:
+            raise MergeError(
+                f"merging {list(self.active)} left out {len(lost)} of {len(every)} layers, "
+                f"{lost[0]} among them, so the result would be partly the base model; merge with "
+                "--in-memory"
+            )
 
     def value(self, name: str) -> Tensor:
         """A tensor with the adapters in it."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError
-from ..files.folder import replacing
-from ..files.mapped import DTYPES, opened
+from ..files.atomic import replacing
+from ..files.bounded import weight_map
+from ..files.mapped import DTYPES, layout
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 CHUNK = 1 << 20  # bytes that are copied at once
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file.
-
-    Args:
-        kind: safetensors' name of its dtype.
-        shape: its shape.
-        begin: of its bytes in the file.
-        end: of them.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 class Shard:
@@ -52,20 +35,10 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        with opened(path) as file:  # checks the header
-            self.metadata = dict(file.metadata() or {})
+        held = layout(path)
+        self.path, self.entries, self.metadata = path, held.entries, dict(held.metadata)
         with open(path, "rb") as data:
-            start = 8 + int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(start - 8))
             self.map = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_COPY)
-        header.pop("__metadata__", None)
-        self.path = path
-        self.entries = {
-            name: Entry(
-                one["dtype"], tuple(one["shape"]), *(start + n for n in one["data_offsets"])
-            )
-            for name, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        }
 
     def view(self, name: str) -> Tensor:
         """A tensor, without a copy where its place in the file allows that.
@@ -103,15 +76,7 @@ def shards_of(folder: Path) -> list[Shard]:
         FileError: there are none, or one is missing.
     """
     if (index := folder / INDEX).is_file():
-        try:
-            names = dict.fromkeys(
-                json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-            raise FileError(f"{index} is no index of shards: {error!r}") from error
-        outside = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]
-        if outside:
-            raise FileError(f"{index} names files outside of its folder: {outside[:3]}")
+        names: dict[str, Any] = dict.fromkeys(weight_map(index).values())
     elif (folder / SINGLE).is_file():
         names = {SINGLE: None}
     else:
@@ -187,6 +152,8 @@ def _put(file: Any, one: Piece) -> None:
         while left:
             block = source.read(min(left, CHUNK))
             if not block:
-                raise FileError(f"{one.source.path} is shorter than its header says")
+                raise FileError(
+                    f"{one.source.path} is shorter than its header says; fetch it again"
+                )
             file.write(block)
             left -= len(block)

@@ -120,19 +120,19 @@ class AdaLoRA(LowRank, config=AdaLoraConfig):
         return e[..., 0] + a.mean(-1) + b.mean(-2)
 
     def file_tensors(self) -> dict[str, Tensor]:
-        kept = self.kept
-        if kept.ndim > 1 or bool(kept.all()):
+        if (kept := self.kept).ndim > 1 or bool(kept.all()):
             return super().file_tensors()
         return {"lora_A": self.A[kept], "lora_B": self.B[:, kept], "lora_E": self.E[kept]}
 
     def expects(self, config: AdaLoraConfig) -> dict[str, tuple[int, ...]]:
-        if config.mask is None:
-            return super().expects(config)
+        if config.mask is None or len(config.mask) != len(self.E):
+            return {self.keys[n]: tuple(p.shape) for n, p in self.named_parameters()}
         r = sum(config.mask)
         return {"lora_A": (r, self.A.shape[1]), "lora_B": (len(self.B), r), "lora_E": (r, 1)}
 
     def take(self, tensors: Mapping[str, Tensor], config: AdaLoraConfig) -> None:
         if config.mask is None or sum(config.mask) == len(self.E):
+            self.kept.fill_(True)
             return super().take(tensors, config)
         kept = self.kept.copy_(torch.tensor(config.mask))  # a pruned file, into one of full rank
         self.E.zero_()

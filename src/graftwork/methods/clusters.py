@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import LowRank, Site
+from ..fast.flags import hold
 from ..inits.drawn import seeded
 
 
@@ -72,21 +73,19 @@ class Clustered(LowRank):
 
     def scores(self) -> dict[int, float]:
         """How important each cluster is that has been observed."""
-        names = [n for n, _ in self.named_parameters() if f"{n}.ipt" in self.seen]
-        means = {n: (self.seen[f"{n}.ipt"] * self.seen[f"{n}.unc"]).mean().item() for n in names}
-        known = [i for i in range(len(self.A)) if f"A.{i}" in means]
-        return {i: means[f"A.{i}"] + means[f"B.{i}"] for i in known}
+        seen, known = self.seen, [i for i in range(len(self.A)) if f"A.{i}.ipt" in self.seen]
+        every = {i: [seen[f"{n}.{i}.ipt"] * seen[f"{n}.{i}.unc"] for n in "AB"] for i in known}
+        return {i: sum(one.mean().item() for one in both) for i, both in every.items()}
 
-    def rest(self) -> None:
-        """Keep the clusters that were stopped from training."""
+    def rest(self, frozen: bool = True) -> None:
+        """Keep the clusters that were stopped from training, and those alone."""
         for i, trains in enumerate(self.trains.tolist()):
-            for p in () if trains else (self.A[i], self.B[i]):
-                p.requires_grad_(False)
-                p.grad = None
+            for p in (self.A[i], self.B[i]):
+                hold(p, not trains, frozen)
 
     def load_training_state(self, tensors: Mapping[str, Tensor]) -> None:
         super().load_training_state(tensors)
-        self.rest()
+        self.rest(frozen=False)  # for an optimizer that is made now, and holds them all
 
 
 def stop(parts: Sequence[Clustered], target: int, left: float) -> None:

@@ -34,7 +34,7 @@ class LoKrConfig(TargetConfig, method="LOKR", peft="exclude layers save"):
     PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha"}
 
 
-def split(n: int, factor: int) -> tuple[int, int]:
+def split(n: int, factor: int = -1) -> tuple[int, int]:
     """n as a product: ``factor`` first, or the largest divisor below it and below sqrt(n)."""
     if factor < 0 or n % factor:
         top = min(math.isqrt(n), n if factor < 0 else factor)

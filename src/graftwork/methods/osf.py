@@ -3,7 +3,6 @@ the others trains, with the gradients of U and V projected out of what stays."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 from ..engine import LowRank, Site
+from ..patterns import regex
 
 
 @dataclass
@@ -26,7 +26,7 @@ class OSFConfig(TargetConfig, method="OSF", peft="save"):
     def changes(self, path: str, parameter: str) -> dict[str, Any]:
         found = super().changes(path, parameter)
         for pattern, rank in reversed((self.rank_pattern or {}).items()):
-            if re.search(pattern, path):
+            if regex(pattern).search(path):
                 found["effective_rank"] = rank
         return found
 

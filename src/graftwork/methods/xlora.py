@@ -43,7 +43,7 @@ class XLoraConfig(TargetConfig, method="XLORA", peft=""):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.adapters = nested.in_order(self.adapters or {})
-        self.nested: dict[str, tuple[str, str]] = {}  # where the experts are that came with it
+        self.nested: dict[str, nested.Held] = {}  # where the experts are that came with it
         self.experts: list[Expert] = []
 
     def found(self, source: Any) -> dict[str, Tensor]:
@@ -76,8 +76,8 @@ class XLoraConfig(TargetConfig, method="XLORA", peft=""):
                 "X-LoRA mixes trained LoRAs; name them: "
                 "XLoraConfig(adapters={'math': 'folder', ...})"
             )
-        places = {name: (where, "") for name, where in self.adapters.items()} | self.nested
-        return [Expert(offer, *places[name]) for name in self.adapters]
+        held = {n: self.nested.get(n) or nested.Held(where) for n, where in self.adapters.items()}
+        return [Expert(offer, held[name]) for name in self.adapters]
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if k != "target_modules"}

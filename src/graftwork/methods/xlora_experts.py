@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..engine import Adapter, Beneath, Site
 from ..engine.tree import parameters
 from ..errors import FileError, StateError, TargetError
-from ..files import codec, folder
-from ..files.hub import Source
+from ..files import codec
+from ..files.nested import Held
 from ..targets.match import Match
 from ..targets.offer import Offer
 
@@ -22,9 +22,9 @@ BESIDE = "modules_to_save trainable_token_indices target_parameters use_dora".sp
 class Expert:
     """One LoRA on disk: its config, the layers that it adapts, its values until they are there."""
 
-    def __init__(self, offer: Offer, where: str, subfolder: str) -> None:
-        self.source = Source(where, subfolder)
-        config: Any = folder.config_of(self.source)
+    def __init__(self, offer: Offer, held: Held) -> None:
+        self.source = held.source
+        config, self.values = held.take()
         plain = config.method == "LORA" and config.bias == "none"
         if not plain or any(getattr(config, name) for name in BESIDE):
             raise TargetError(
@@ -40,7 +40,7 @@ class Expert:
                 "X-LoRA scales what layers give; use experts without it"
             )
         self.parts: list[Adapter] = []  # what it is at each layer
-        self.values, base = folder.read_tensors(self.source), dict(parameters(offer.model))
+        base = dict(parameters(offer.model))
         fronts = tuple(f"{codec.PREFIX}{path}.lora_" for path in self.paths)
         for name in [name for name in self.values if not name.startswith(fronts)]:
             own = base.get(name.removeprefix(codec.PREFIX).replace(".base_layer.", "."))

@@ -68,7 +68,7 @@ class AutoPeftModel:
         if revision is not None:
             hub["revision"] = revision
         source = Source(pretrained_model_name_or_path, own.get("subfolder"), **hub)
-        config = config or config_of(source)
+        given, config = config, config or config_of(source)
         if not config.base_model_name_or_path:
             raise FileError(
                 f"{source} does not say which base model it is for; load that model yourself and "
@@ -82,7 +82,7 @@ class AutoPeftModel:
         vocabulary.grow(base, config, tensors, PREFIX)
         wrapper = cls.WRAPPER
         return wrapper.from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own, **hub
+            base, pretrained_model_name_or_path, adapter_name, is_trainable, given, **own, **hub
         )
 
     @classmethod

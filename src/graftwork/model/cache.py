@@ -14,12 +14,12 @@ from torch import nn
 
 from ..config import CONFIG_NAME
 from ..engine.forwards import each_forward
-from ..engine.inject import check_name
 from ..engine.switch import BASE
 from ..engine.tree import parts
 from ..errors import FileError, StateError, did_you_mean, warn
 from ..files.folder import WEIGHTS
 from ..files.hub import Source
+from ..targets.names import check_name
 from .peft_model import PeftModel
 
 Where = str | os.PathLike[str]  # a folder, or a hub id
@@ -200,12 +200,13 @@ class AdapterCache:
         if name in self.model.peft_config:
             return False
         switch = self.model.base_model.switch
-        active, enabled = switch.active, switch.enabled
-        switch.activate(enabled=enabled and bool(active))  # a model's first adapter is active
-        try:
-            self.model.load_adapter(where, name, **self.options)
-        finally:
-            switch.activate(active, enabled)
+        with switch.change(name):  # and nobody else activates one meanwhile
+            active, enabled = switch.active, switch.enabled
+            switch.activate(enabled=enabled and bool(active))  # a model's first adapter is active
+            try:
+                self.model.load_adapter(where, name, **self.options)
+            finally:
+                switch.activate(active, enabled)
         self._sizes[name] = size = self._size(name)
         if self.max_bytes is not None and size > self.max_bytes:
             self._drop(name)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.host import Host
-from ..engine.tree import walk
+from ..engine.tree import inside, walk
 from ..errors import StateError, TrainingError
 from ..fast.rows import tensors_in
 
 SHOWN = 5  # places that an error names
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+Named = tuple[str, str]  # a place, and a tensor there
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Effect:
 
 def assert_effective(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Effect:
     """See ``PeftModel.assert_effective``."""
+    from .canary import paused
+
     match args:
         case (Mapping() as batch,):
             args, kwargs = (), {**batch, **kwargs}
@@ -57,8 +61,9 @@ def assert_effective(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if root.merged():
         raise StateError("adapters are merged into the weights; unmerge_adapter() first")
     hosts = {path: host for path, host in root.hosts().items() if host.present(names)}
-    with torch.random.fork_rng(), torch.enable_grad(), _watched(root.model) as ran:
-        outputs = model(*args, **kwargs)
+    with torch.random.fork_rng(), torch.enable_grad(), paused(root.model):
+        with _watched(root.model) as ran:
+            outputs = model(*args, **kwargs)
     found = _reached(root.model, hosts, ran)
     gradients = _gradients(hosts, names, outputs, set(found.waiting))
     found.trained = sum(g is not None for g in gradients.values())
@@ -101,38 +106,65 @@ def _reached(model: nn.Module, hosts: Mapping[str, Host], ran: set[int]) -> Effe
             found.reached.append(path)
             continue
         parent, several = path, False
-        while parent and isinstance(modules[parent := parent.rpartition(".")[0]], _CONTAINERS):
+        while parent and isinstance(modules[parent := parent.rpartition(".")[0]], CONTAINERS):
             several = True  # which of them runs is chosen
         if id(modules[parent]) in ran and not several:
-            silent.append((path, type(modules[parent]).__name__))
+            silent.append((path, type(inside(modules[parent])).__name__))
         else:
             found.waiting.append(path)
     if silent:
-        path, kind = silent[0]
-        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-        raise TrainingError(
-            f"the adapter at {path}{more} has no effect: {kind}, which it belongs to, ran and did "
-            "not call it, so it reads the weight by itself. Adapt the parameter instead "
-            f'(target_parameters=["{path.rpartition(".")[2]}.weight"]), or the module around it'
-        )
+        raise TrainingError(reads_by_itself([path for path, _ in silent], silent[0][1]))
     return found
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+def reads_by_itself(paths: list[str], kind: str) -> str:
+    """Says of layers that the module around the first, of this kind, runs without calling it."""
+    path, more = paths[0], f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return (
+        f"the adapter at {path}{more} has no effect: {kind}, which it belongs to, ran and did "
+        "not call it, so it reads the weight by itself. Adapt the parameter instead "
+        f'(target_parameters=["{path.rpartition(".")[2]}.weight"]), or the module around it'
+    )
+
+
+def listed(names: list[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def without_gradient(what: str, bad: list[Named]) -> str:
+    """Says what is wrong with the gradients of tensors, or of places."""
+    names = [place if not key else f"{place}: {key}" for place, key in bad]
+    return (
+        f"{what}: {listed(names)}. Look at what the model does with that layer's output, at a loss "
+        "that is not finite, or leave those layers out"
+    )
+
+
+def training(hosts: Mapping[str, Host], names: tuple[str, ...]) -> dict[Named, nn.Parameter]:
+    """What trains and is read, by place and name: modules that a later part would read are idle at
+    the last one.
+    """
+    idle: set[int] = set()
+    for name in names:
+        relays = [p for h in hosts.values() for _, p in h.parts_of(name) if p.relays][-1:]
+        modules = (getattr(part, relay) for part in relays for relay in part.relays)
+        idle |= {id(p) for module in modules for p in module.parameters()}
+    return {
+        (path, f"{name}.{key}"): p
+        for path, host in hosts.items()
+        for name in host.present(names)
+        for key, p in host.adapters[name].named_parameters()
+        if p.requires_grad and id(p) not in idle
+    }
 
 
 def _gradients(
     hosts: Mapping[str, Host], names: tuple[str, ...], outputs: Any, waiting: set[str]
-) -> dict[tuple[str, str], Tensor | None]:
+) -> dict[Named, Tensor | None]:
     """The gradients of all tensors that train, by place and name."""
-    trained = {
-        (path, f"{name}.{key}"): p
-        for path, host in hosts.items()
-        if path not in waiting
-        for name in host.present(names)
-        for key, p in host.adapters[name].named_parameters()
-        if p.requires_grad
-    }
+    trained = {n: p for n, p in training(hosts, names).items() if n[0] not in waiting}
     if not trained:
         return {}
     loss = getattr(outputs, "loss", None)
@@ -150,30 +182,24 @@ def _gradients(
     return dict(zip(trained, values, strict=True))
 
 
-def _judge(gradients: Mapping[tuple[str, str], Tensor | None]) -> None:
+def _judge(gradients: Mapping[Named, Tensor | None]) -> None:
     """Stop where a gradient is missing or no number, or where all at a place are zero."""
     places: dict[str, list[Tensor]] = {}
     for (place, _), g in gradients.items():
         places.setdefault(place, []).extend([] if g is None else [g])
-    named = {": ".join(name): g for name, g in gradients.items()}
     for what, bad in (
-        ("what trains here gets no gradient", [n for n, g in named.items() if g is None]),
+        ("what trains here gets no gradient", [n for n, g in gradients.items() if g is None]),
         (
             "what trains here gets a gradient that is not finite",
-            [n for n, g in named.items() if g is not None and not g.isfinite().all()],
+            [n for n, g in gradients.items() if g is not None and not g.isfinite().all()],
         ),
         (
             "what trains here gets a gradient of zeros alone",
-            [p for p, own in places.items() if not any(bool(g.any()) for g in own)],
+            [(p, "") for p, own in places.items() if not any(bool(g.any()) for g in own)],
         ),
     ):
         if bad:
-            more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-            raise TrainingError(
-                f"{what}: {', '.join(bad[:SHOWN])}{more}. Look at what the model "
-                "does with that layer's output, at a loss that is not finite, or leave those "
-                "layers out"
-            )
+            raise TrainingError(without_gradient(what, bad))
 
 
 def _change(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from ..config import PeftConfig, TargetConfig
 from ..engine import inject as injection
 from ..engine.forwards import each_forward
-from ..engine.root import Grafted, delete
+from ..engine.inject import delete
+from ..engine.root import Grafted
 from ..engine.switch import Switch
 from ..engine.tree import hosts, inside
 from ..errors import FileError, StateError
+from ..fast import shards
 from ..files import codec
 from ..files.folder import read_tensors
 from ..files.hub import Source
+from ..files.intact import intact
 from ..targets.offer import Offer
 from ..targets.replicas import replicated, restore
+from . import canary as _canary  # noqa: F401 - watches trainings
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
 from . import vocabulary
 
 
@@ -52,7 +57,8 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Add an adapter to a model in place, without any wrapper around the model.
+    """Add an adapter to a model in place, without any wrapper around the model, and make it the
+    active one.
 
     Args:
         peft_config: the method and where it goes.
@@ -71,6 +77,8 @@ def inject_adapter_in_model(
         peft_config = _targets_of(peft_config, model, state_dict)
     switch = injection.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
     model.peft_config = switch.configs  # type: ignore[assignment]
+    if switch.active != (adapter_name,):
+        set_adapter(model, adapter_name, peft_config.inference_mode)
     return model
 
 
@@ -118,19 +126,23 @@ def get_peft_model_state_dict(
     """
     inner = user_model(model)
     switch_of(model).check((adapter_name,))
-    tensors = codec.state(inner, adapter_name)
-    if state_dict is not None:
-        names = {id(t): n for n, t in model.state_dict(keep_vars=True).items()}
-        for owned in codec.owned(inner, adapter_name):
-            for key, tensor in owned.part.file_tensors().items():
-                if (name := names.get(id(tensor))) in state_dict:
-                    tensors[owned.front + key] = state_dict[str(name)]
+    values = None if state_dict is None else within(model, state_dict)
+    tensors = codec.state(inner, adapter_name, values)
     if save_embedding_layers == "auto":
         save_embedding_layers = vocabulary.needed(inner, adapter_name)
     if save_embedding_layers:
-        tensors.update(vocabulary.tensors_of(inner, adapter_name, tensors))
+        tensors.update(vocabulary.tensors_of(inner, adapter_name, tensors, values))
     tensors = codec.apart(tensors)
     return {codec.full(key, inner is not model): tensor for key, tensor in tensors.items()}
+
+
+def within(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's tensors by their names in the user's model, in a wrapper or not."""
+    inner = user_model(model)
+    front = next((f"{path}." for path, m in model.named_modules() if m is inner and path), "")
+    plain = {shards.plain_path(key): tensor for key, tensor in tensors.items()}
+    front = shards.plain_path(front)
+    return {k.removeprefix(front): t for k, t in plain.items() if k.startswith(front)}
 
 
 def set_peft_model_state_dict(
@@ -156,17 +168,21 @@ def set_peft_model_state_dict(
         FileError: a tensor is missing, unexpected or of another shape.
     """
     inner = user_model(model)
-    switch_of(model).check((adapter_name,))
-    parts = codec.owned(inner, adapter_name)
-    tensors = dict(peft_model_state_dict)
-    report, found = codec.compare(inner, parts, tensors)
-    if ignore_mismatched_sizes and report.reshaped:
-        bad = {line.partition(":")[0] for line in report.reshaped}
-        found = {plain: key for plain, key in found.items() if key not in bad}
-        report.reshaped = []
-    codec.judge(report, "the state dict", strict == "error")
-    codec.fill(inner, parts, tensors, found)
-    return report
+    switch = switch_of(model)
+    with switch.change(adapter_name):
+        switch.check((adapter_name,))
+        parts = codec.owned(inner, adapter_name)
+        tensors = dict(peft_model_state_dict)
+        with codec.whole(inner, parts, write=True):
+            report, found = codec.compare(inner, parts, tensors)
+            if ignore_mismatched_sizes and report.reshaped:
+                bad = {line.rpartition(": (")[0] for line in report.reshaped}
+                found = {plain: key for plain, key in found.items() if key not in bad}
+                report.reshaped = []
+            codec.judge(report, "the state dict", strict == "error")
+            with intact(inner, adapter_name, codec.carried(inner, parts, tensors, found).values()):
+                codec.fill(inner, parts, tensors, found)
+            return report
 
 
 def load_peft_weights(
@@ -229,5 +245,6 @@ def using(
 
 def set_requires_grad(model: nn.Module, adapter_names: Any, requires_grad: bool = True) -> None:
     """Freeze or unfreeze adapters of a model with injected adapters."""
+    names = switch_of(model).check(adapter_names)
     for host in hosts(user_model(model)).values():
-        host.set_requires_grad(adapter_names, requires_grad)
+        host.set_requires_grad(names, requires_grad)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..engine.host import NAMES, Host
+from ..errors import POLICY
 
 
 def shown(function: Callable[[Host], Any]) -> Callable[[Host], Any]:
@@ -36,10 +37,9 @@ def active_adapters(host: Host) -> list[str]:
 
 
 @shown
-def active_adapter(host: Host) -> str | list[str]:
-    """The active adapter, or a list where it is not just one."""
-    names = list(host.switch.active)
-    return names[0] if len(names) == 1 else names
+def active_adapter(host: Host) -> list[str]:
+    """PEFT's other name for that, on a layer a list too."""
+    return list(host.switch.active)
 
 
 @shown
@@ -66,7 +66,10 @@ def set_adapter(
 ) -> None:
     """Make adapters active in the whole model, and trainable here unless ``inference_mode``."""
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-    host.switch.activate(host.switch.check(names))
+    if POLICY.lenient:  # diffusers names to each of its models the adapters of all of them
+        names = tuple(name for name in names if name in host.switch.configs)
+    names = host.switch.check(names)
+    host.switch.activate(names)
     for name in host.adapters:
         host.set_requires_grad(name, name in names and not inference_mode)
 
@@ -79,17 +82,24 @@ def enable_adapters(host: Host, enabled: bool) -> None:
 
 @verb
 def delete_adapter(host: Host, adapter_name: str) -> None:
-    """Drop an adapter's tensors at this layer."""
-    if adapter_name in host.adapters:
-        del host.adapters[adapter_name]
-        host.switch.flags.forget()
+    """Drop an adapter's tensors at this layer; where it alone was active, another one is now."""
+    if adapter_name not in host.adapters:
+        return
+    del host.adapters[adapter_name]
+    switch = host.switch
+    switch.flags.forget()
+    if adapter_name in switch.active:
+        left = [name for name in switch.active if name != adapter_name]
+        switch.activate(tuple(left or list(host.adapters)[:1]))
+    for name in host.present(switch.active):
+        host.set_requires_grad(name, not switch.configs[name].inference_mode)
 
 
 @verb
 def merge(host: Host, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
     """Write adapters into this layer's weight; it is always checked to be finite."""
-    wanted = tuple(adapter_names) if adapter_names else host.switch.active
-    names = tuple(dict.fromkeys(host.merged_adapters + host.switch.check(wanted)))
+    wanted = host.switch.check(adapter_names or host.switch.active)
+    names = host.switch.check(host.merged_adapters + wanted)
     host.commit(names, host.prepare(names), True)
 
 
@@ -111,15 +121,27 @@ def _shown_unless_the_layer_has_it(name: str, value: Callable[[Any], Any]) -> No
     NAMES[name] = show
 
 
+class Shown(SimpleNamespace):
+    """What PEFT has a layer for: ``.weight``, ``.bias``, and ``.to``, which moves them in place."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Shown:
+        for tensor in vars(self).values():
+            tensor.data = tensor.data.to(*args, **kwargs)
+        return self
+
+
 def _tensor(name: str) -> Callable[[Any], Any]:
     """A tensor as PEFT shows it: ``layer.lora_A["default"].weight``, ``layer.ia3_l["default"]``."""
 
     def find(part: Any) -> Any:
+        found = {}
         for key, tensor in part.file_tensors().items():
             first, _, rest = key.partition(".")
+            if first == name and not rest:
+                return tensor
             if first == name:
-                return SimpleNamespace(**{rest: tensor}) if rest else tensor
-        return None
+                found[rest] = tensor
+        return Shown(**found) if found else None
 
     return find
 

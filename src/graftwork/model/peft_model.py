@@ -16,7 +16,11 @@ from ..engine.inject import switch_of
 from ..engine.root import Grafted
 from ..engine.tree import walk
 from ..errors import POLICY, StateError, warn
+from ..fast.shards import gathers, rank
 from . import layer as _layer  # noqa: F401 - gives hosts PEFT's names
+from . import scales as _scales  # noqa: F401
+from .canary import arm
+from .merging import Merging
 from .report import Reports
 from .updating import Updating
 
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from ..files.codec import LoadReport
 
 
-class PeftModel(Reports, Updating):
+class PeftModel(Reports, Merging, Updating):
     """A model with adapters.
 
     Args:
@@ -133,6 +137,11 @@ class PeftModel(Reports, Updating):
         return found or None
 
     @property
+    def prefix(self) -> str:
+        """What the names of adapters' parameters have in them, as ``lora_`` in PEFT."""
+        return getattr(type(self.base_model), "prefix", ".adapters.")
+
+    @property
     def has_active_enabled_adapter(self) -> bool:
         return self.base_model.switch.enabled and bool(self.active_adapters)
 
@@ -197,6 +206,8 @@ class PeftModel(Reports, Updating):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active, the lowest first; unless ``inference_mode``, they alone train."""
         self.base_model.set_adapter(adapter_name, inference_mode)
+        if not inference_mode:
+            arm(self.base_model.model, self.base_model.switch)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Drop adapters."""
@@ -224,7 +235,8 @@ class PeftModel(Reports, Updating):
             selected_adapters: which adapters; all by default.
             save_embedding_layers: also the base's embeddings; "auto": where the adapter or the
                 vocabulary changed them.
-            is_main_process: False writes nothing.
+            is_main_process: False writes nothing. Where processes hold the model in parts and no
+                state dict is given, all of them have to call this, and the first one writes.
             path_initial_model_for_weight_conversion: anything but None writes an adapter that
                 starts from the base weight (PiSSA, OLoRA) as a plain LoRA of twice the rank, for
                 the untouched base.
@@ -243,12 +255,16 @@ class PeftModel(Reports, Updating):
             if not POLICY.lenient:
                 raise ValueError(f"{text} is refused. Leave it out")
             warn(f"{text} writes safetensors")
-        if is_main_process:
+        values = kwargs.get("state_dict")
+        together = values is None and gathers(self)
+        if is_main_process or together:
             from . import storage
 
             plain = path_initial_model_for_weight_conversion is not None
-            options = save_embedding_layers, plain, kwargs.get("state_dict"), compat
-            storage.save(self, save_directory, selected_adapters, *options)
+            writes = is_main_process and not (together and rank())
+            options = save_embedding_layers, plain, values, compat, writes
+            with self.base_model.switch.turns.change():
+                storage.save(self, save_directory, selected_adapters, *options)
 
     @classmethod
     def from_pretrained(
@@ -283,20 +299,21 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
-        from . import storage
+        from . import loading
         from .tasks import class_for
 
         _refuse_offload(ephemeral_gpu_offload)
-        loader = storage.Loader(model_id, config, is_trainable, key_mapping, kwargs)
+        loader = loading.Loader(model_id, config, is_trainable, key_mapping, kwargs)
         wanted = cls if cls is not PeftModel else class_for(loader.config)
-        fresh = switch_of(model) is None
-        peft_model = wanted(model, loader.config, adapter_name, autocast_adapter_dtype, start=False)
-        try:
-            loader.load_into(peft_model, adapter_name, new=True)
-        except BaseException:
-            if fresh:
-                peft_model.base_model.unload()
-            raise
+        fresh, options = switch_of(model) is None, (adapter_name, autocast_adapter_dtype)
+
+        def put() -> PeftModel:
+            return wanted(model, loader.config, *options, start=False)
+
+        def drop(placed: PeftModel) -> None:
+            placed.base_model.unload() if fresh else placed.delete_adapter(adapter_name)
+
+        peft_model: PeftModel = loader.bring(model, adapter_name, put, drop)[0]
         if not is_trainable:
             peft_model.eval()
         return peft_model
@@ -318,36 +335,27 @@ class PeftModel(Reports, Updating):
         Raises:
             FileError: the folder or a tensor in it does not fit; the model is as it was.
         """
-        from . import storage
+        from . import loading
 
         _refuse_offload(ephemeral_gpu_offload)
-        loader = storage.Loader(model_id, None, is_trainable, key_mapping, kwargs)
-        new = adapter_name not in self.peft_config
-        if new:
-            self.add_adapter(
-                adapter_name, loader.config, False, autocast_adapter_dtype, start=False
-            )
-        try:
-            found = loader.load_into(self, adapter_name, new)
-        except BaseException:
-            if new:
-                self.base_model.delete_adapter(adapter_name)
-            raise
+        loader = loading.Loader(model_id, None, is_trainable, key_mapping, kwargs)
+        found = loader.one_more(self, adapter_name, autocast_adapter_dtype)
         if not is_trainable and any(m.training for _, m in walk(self)):
-            self.eval()  # which visits every part of every adapter
+            with self.base_model.switch.turns.change(None):
+                self.eval()  # which visits every part of every adapter
         return found
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapters to the hub."""
-        from . import storage
+        from .card import push
 
-        return storage.push(self, repo_id, **kwargs)
+        return push(self, repo_id, **kwargs)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or complete the folder's ``README.md``."""
-        from . import storage
+        from .card import model_card
 
-        storage.model_card(output_dir, self.active_peft_config)
+        model_card(output_dir, self.active_peft_config)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -376,7 +384,7 @@ def _unwrapped(model: nn.Module, adapter_name: str) -> nn.Module:
     )
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in switch.configs:
-        from ..engine.root import delete
+        from ..engine.inject import delete
 
         delete(model, switch, (adapter_name,))
     return model

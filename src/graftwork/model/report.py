@@ -14,6 +14,8 @@ from ..engine.host import Host
 from ..engine.root import Grafted
 from ..engine.tree import mark
 from ..fast import plan
+from ..fast.shards import split
+from .canary import unused_sites
 
 if TYPE_CHECKING:
     from .effect import Effect
@@ -159,6 +161,8 @@ def _rows(path: str, host: Host) -> Iterator[Row]:
 @torch.no_grad()
 def _change(part: Any, site: Any) -> float | None:
     if site is None or not site.raw.is_floating_point() or site.raw.ndim < 2 or site.raw.is_meta:
+        return None
+    if split(site.raw):
         return None
     w = site.weight.to(part.dtype)
     change = float(part.delta_norm(w) / w.norm().clamp(min=1e-12))
@@ -308,6 +312,12 @@ class Reports(nn.Module):
         from .effect import assert_effective
 
         return assert_effective(self, args, kwargs)
+
+    def unused_sites(self) -> list[str]:
+        """Places of adapters whose layers have not run since their training began, such as experts
+        that no token chose; empty before it.
+        """
+        return unused_sites(self.base_model.model)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are; shared tensors count once."""

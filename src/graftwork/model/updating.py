@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..engine.root import Grafted, delete
+from ..engine.inject import delete
+from ..engine.root import Grafted
 from ..errors import POLICY, StateError
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Updating(nn.Module):
         root, rule = self.base_model, compat or ("peft" if POLICY.lenient else None)
         rank, sign, how = svd_rank, majority_sign_method, combination_type
         options = adapter_name, how, rank, energy, density, sign, rule
-        return combine(root.model, root.switch, adapters, weights, *options)
+        with root.switch.change(adapter_name):
+            return combine(root.model, root.switch, adapters, weights, *options)
 
     def to_lora(
         self,
@@ -100,7 +102,8 @@ class Updating(nn.Module):
         from ..updates.convert import to_lora
 
         root = self.base_model
-        return to_lora(root.model, root.switch, adapter_name, new_name, rank, energy)
+        with root.switch.change(new_name):
+            return to_lora(root.model, root.switch, adapter_name, new_name, rank, energy)
 
     def resize_adapter(
         self, adapter_name: str, rank: int | float | None = None, energy: float | None = None
@@ -115,13 +118,14 @@ class Updating(nn.Module):
         root = self.base_model
         if rank is None and energy is None:
             raise ValueError("give rank= or energy=")
-        active, new = root.switch.active, f"{adapter_name}-resized"
-        done = self.to_lora(adapter_name, new, rank, energy)
-        others = tuple(n for n in active if n != adapter_name)
-        root.switch.activate(others or (new,))
-        delete(root.model, root.switch, (adapter_name,))
-        root.rename_adapter(new, adapter_name)
-        root.switch.activate(active)
+        with root.switch.turns.change(None):
+            active, new = root.switch.active, f"{adapter_name}-resized"
+            done = self.to_lora(adapter_name, new, rank, energy)
+            others = tuple(n for n in active if n != adapter_name)
+            root.switch.activate(others or (new,))
+            delete(root.model, root.switch, (adapter_name,))
+            root.rename_adapter(new, adapter_name)
+            root.switch.activate(active)
         return done
 
     def hotswap_adapter(
@@ -149,7 +153,7 @@ def hotswap_adapter(
     **kwargs: Any,
 ) -> LoadReport:
     """``PeftModel.hotswap_adapter`` for any model with adapters."""
-    from .storage import Loader
+    from .loading import Loader
 
     loader = Loader(model_name_or_path, None, False, None, kwargs)
     return _swap(model, adapter_name, loader.config, loader.tensors, str(loader.source))
@@ -162,8 +166,19 @@ def hotswap_adapter_from_state_dict(
     config: PeftConfig,
     parameter_prefix: str = "lora_",
 ) -> LoadReport:
-    """Hot-swap from tensors; the last argument is PEFT's."""
-    return _swap(model, adapter_name, config, state_dict, "the state dict")
+    """Hot-swap from tensors under the names in files, or PEFT's names in memory, which have the
+    adapter's in them; the last argument is PEFT's.
+    """
+    from ..files import codec
+    from . import functional
+
+    plain = {}
+    for owned in codec.owned(functional.user_model(model), adapter_name):
+        for key in owned.expects:
+            first, dot, rest = key.partition(".")
+            plain[f"{owned.front}{first}.{adapter_name}{dot}{rest}"] = owned.front + key
+    tensors = {plain.get(k.removeprefix(codec.PREFIX), k): t for k, t in state_dict.items()}
+    return _swap(model, adapter_name, config, tensors, "the state dict")
 
 
 def _swap(
@@ -173,7 +188,8 @@ def _swap(
     from . import functional
 
     switch = functional.switch_of(model)
-    return swap(functional.user_model(model), switch, name, config, tensors, where)
+    with switch.change(name):
+        return swap(functional.user_model(model), switch, name, config, tensors, where)
 
 
 def prepare_model_for_compiled_hotswap(

@@ -4,10 +4,9 @@ model the rows that a file was saved with.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +17,12 @@ from ..engine.inject import switch_of
 from ..engine.switch import Switch
 from ..engine.ties import Tied
 from ..engine.tree import hosts, inside, mark, walk
+from ..errors import StateError
+from ..fast import shards
 from ..files import codec
+from ..files.bounded import read_json
 from ..parts.tokens import Tokens
+from ..patterns import regex
 
 
 def needed(model: nn.Module, name: str) -> bool:
@@ -40,17 +43,38 @@ def grown(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [f"{path}.weight" for path, module in walk(model) if id(inside(module)) in tables]
 
 
-def tensors_of(model: nn.Module, name: str, tensors: Collection[str]) -> dict[str, Tensor]:
-    """The base's embedding and output weights, but for those that ``tensors`` has."""
+def tensors_of(
+    model: nn.Module, name: str, tensors: Collection[str], values: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The base's embedding and output weights, but for those that ``tensors`` has.
+
+    Args:
+        model: the user's model.
+        name: the adapter's.
+        tensors: names that are there already.
+        values: the model's state dict, where its tensors had to be gathered from elsewhere.
+
+    Raises:
+        StateError: a weight is held in parts, and ``values`` lacks it.
+    """
+
+    def taken(key: str, weight: Tensor) -> Tensor:
+        given = (values or {}).get(key, weight)
+        if values is not None and (how := shards.split(given)):
+            raise StateError(f"{key} is {how}, and the state_dict that was given lacks it")
+        return shards.gather(key, given)
+
     wanted = {id(inside(layer)) for layer in codec.embedding_layers(model)}
     found, targeted, out = hosts(model), _targeted(model, name), {}
     for path, module in walk(model):
         if id(inside(module)) not in wanted or f"{path}.weight" in tensors:
             continue
         if path in found:
-            out[f"{path}.base_layer.weight"] = found[path].pristine("weight").detach()
+            key = f"{path}.base_layer.weight"
+            out[key] = taken(key, found[path].pristine("weight")).detach()
         elif not targeted:
-            out[f"{path}.weight"] = inside(module).get_parameter("weight").detach()
+            key = f"{path}.weight"
+            out[key] = taken(key, inside(module).get_parameter("weight")).detach()
     return out
 
 
@@ -100,7 +124,7 @@ def _targeted(model: nn.Module, name: str) -> bool:
     if not isinstance(targets, str):
         return bool({"embed_tokens", "lm_head"} & set(targets))
     known = [p for p, _ in walk(model) if p.rpartition(".")[2] in ("embed_tokens", "lm_head")]
-    return any(re.fullmatch(targets, p) for p in known)
+    return any(regex(targets).fullmatch(p) for p in known)
 
 
 def _holds_rows(model: nn.Module, name: str, before: int) -> bool:
@@ -137,6 +161,5 @@ def _size_before(model: nn.Module, base: str | None) -> int | None:
             return None
     if not isinstance(path, str) or not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        before = json.load(file).get("vocab_size")
-    return None if before == size else before
+    before = read_json(Path(path)).get("vocab_size")
+    return None if before == size or not isinstance(before, int) else before

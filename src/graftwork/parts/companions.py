@@ -11,7 +11,8 @@ from ..engine.adapter import Adapter
 from ..engine.host import Host
 from ..engine.module import part_key
 from ..engine.site import ParameterSite, kind_of
-from ..errors import StateError
+from ..engine.tree import hosts
+from ..errors import StateError, TargetError
 from ..targets.experts import spell_out
 from ..targets.match import Match, within
 from ..targets.plan import ABOVE, BENEATH, Slot, at
@@ -53,7 +54,7 @@ def _saved(match: Match) -> Iterator[Slot]:
                 f"modules_to_save cannot copy {path}, a {type(module).__name__}, which is never "
                 "called; name the modules in it"
             )
-        if any(isinstance(m, Host) for m in module.modules()):
+        if hosts(module):
             raise StateError(
                 f"modules_to_save names {path}, in which another adapter already sits; name a "
                 "module beside it, or delete that adapter first"
@@ -69,9 +70,21 @@ def _tokens(match: Match) -> Iterator[Slot]:
     if wanted and not isinstance(wanted, dict):
         wanted = {match.offer.input_embedding(): wanted}
     for entry, indices in (wanted or {}).items():
-        for path in match.named(field, [entry]):
+        for path in _tables(match, field, entry):
             build = at(TrainableTokensConfig(token_indices=list(indices)), "trainable_tokens")
             yield Slot(path, "trainable_tokens", build, "token_adapter.", ABOVE)
+
+
+def _tables(match: Match, field: str, entry: str) -> list[str]:
+    """The layers that an entry means; other modules may have a name that ends so."""
+    paths = match.named(field, [entry])
+    found = [path for path in paths if kind_of(match.offer.modules[path])]
+    if paths and not found:
+        kind = type(match.offer.modules[paths[0]]).__name__
+        raise TargetError(
+            f"{field} names {paths[0]}, a {kind}, which has no rows of tokens; name the embedding"
+        )
+    return found
 
 
 def _biases(match: Match, targets: list[Target]) -> Iterator[Slot]:

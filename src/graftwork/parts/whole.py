@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.adapter import NOTHING, Adapter
 from ..engine.site import ParameterSite, Site, Standing, kind_of
+from ..fast.shards import in_parts, parts_in, split
 from ..fast.tensors import copied, settled
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class Copy(Adapter):
 
     def __init__(self, module: nn.Module, path: str) -> None:
         super().__init__()
+        if how := parts_in([module]):
+            raise in_parts(path, how, "copied")
         self.module = copied(module).requires_grad_(True)
         kind = kind_of(module)
         self.site = kind(Standing(self.module, path)) if kind else None
@@ -73,6 +76,8 @@ class Bias(Adapter):
     def __init__(self, site: Site) -> None:
         super().__init__()
         assert site.bias is not None
+        if how := split(site.bias):
+            raise in_parts(site.path, how, "copied")
         self.bias = nn.Parameter(site.bias.detach().clone())
         self.register_buffer("origin", site.bias.detach().clone(), persistent=False)
 
@@ -94,6 +99,8 @@ class Whole(Adapter):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        if how := split(site.raw):
+            raise in_parts(site.path, how, "copied")
         self.site, self.value = site, nn.Parameter(site.raw.detach().clone())
         self.keys = {"value": site.parameter.rpartition(".")[2]}
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.host import steady
 from ..errors import StateError, did_you_mean
+from ..fast.shards import in_parts, parts_in
+from ..fast.tensors import steady
 from .config import PromptConfig
 from .keys import Table
 from .prefix import PrefixTuningConfig
@@ -38,6 +39,8 @@ def combined(held: Held, weights: Sequence[float], how: str) -> tuple[Any, dict[
         StateError: these have no such combination.
     """
     _check(held, weights, how)
+    if parted := parts_in([one for _, one in held]):
+        raise in_parts("a prompt", parted, "combined")
     counts = {len(one.u) if isinstance(one, Tasks) else 0 for _, one in held}
     if how == "cat" and len(counts) == 1 and max(counts) > 1:
         return _of_tasks(held)

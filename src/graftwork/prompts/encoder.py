@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Site
-from ..engine.host import steady
+from ..fast.tensors import steady
 from ..fields import choice, probability, whole
 from ..targets.offer import Offer
 from .config import idle, unmade

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..engine.switch import Switch
 from ..engine.tree import hosts
+from ..fast.shards import readable_now
 from .generating import leave
 from .inputs import Inputs
 from .positions import placed, tables_of
@@ -26,7 +27,7 @@ class Entry:
         if not names:
             return None
         inputs = Inputs(module, args, kwargs, self.part)
-        inputs.enter(call, {name: self.switch.shared[name] for name in names})
+        inputs.enter(call, {name: readable_now(self.switch.shared[name]) for name in names})
         return (), inputs.given
 
 

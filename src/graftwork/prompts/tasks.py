@@ -118,8 +118,9 @@ def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of an adapter's folder; of a pickle only tensors."""
     path = path / "adapter_model.safetensors" if path.is_dir() else path
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+        from ..files import mapped
 
-        return load_file(path)
-    found: dict[str, Tensor] = torch.load(path, "cpu", weights_only=True)
-    return found
+        return mapped.read(path)[0]
+    from ..files.pickled import unpickled
+
+    return unpickled(path)

@@ -84,3 +84,10 @@ def _stacked(offer: Offer) -> set[str]:
 
 def _is_layer(entry: str, offer: Offer) -> bool:
     return any(offer.adaptable(path) for path in offer.ending_with(entry))
+
+
+def stacked_names(model_type: str) -> dict[str, str]:
+    """Old name of an expert's layer -> the stacked parameter that it is a part of now, those of one
+    parameter in the order of its outputs; empty for other models.
+    """
+    return {old: new for old, new in _OLD_NAMES.get(model_type, {}).items() if "." not in new}

@@ -15,7 +15,8 @@ from ..config import TargetConfig
 from ..engine.site import Conv1D, Site, kind_of
 from ..engine.tree import inside
 from ..errors import POLICY, TargetError, did_you_mean, nearest, warn
-from ..patterns import patterns
+from ..patterns import patterns, regex
+from ..regex import compiled
 from .defaults import TARGETS
 from .offer import Offer, Target, leaf
 
@@ -93,10 +94,11 @@ class Match:
         known = [p for p in self.offer.modules if not adapted or self._places(p)]
         if isinstance(wanted, str):
             try:
-                pattern = re.compile(wanted)
+                pattern = compiled(wanted)
             except re.error as error:
                 raise TargetError(
-                    f"{field}={wanted!r} is no regular expression: {error}. For names, give a list"
+                    f"{field}={wanted!r:.200} is no regular expression: {error}. For names, "
+                    "give a list"
                 ) from None
             hits = [p for p in known if pattern.fullmatch(p)]
             if not hits:
@@ -240,9 +242,12 @@ def within(path: str, roots: Iterable[str]) -> bool:
 def _block(target: Target, names: tuple[str, ...]) -> int | None:
     whole = target.parameter is None and kind_of(target.module) is None  # it may be a block itself
     path = f"{target.name}." if whole else target.name
-    front = rf"(?:.*\.)?(?:{'|'.join(names)})\." if names else r"(?:.*?\.)??"
-    found = re.match(rf"{front}(\d+)\.", path)
-    return int(found[1]) if found else None
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
+    if names:  # the last number behind one of them
+        front = regex(rf"(?:.*\.)?(?:{'|'.join(names)})", str(names))
+        numbers = [i for i in numbers[::-1] if front.fullmatch(".".join(parts[:i]))]
+    return int(parts[numbers[0]]) if numbers else None
 
 
 def _ranges(numbers: list[int]) -> str:

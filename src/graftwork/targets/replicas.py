@@ -20,6 +20,7 @@ from ..engine.tree import inside, put, walk
 from ..errors import StateError, TargetError
 
 FIELD = "layer_replication"
+DEEPEST = 1024  # blocks; each is a module of its own
 NOBODY = ("",)  # active where the repeated blocks are to run, with no adapter in them
 KINDS = "layer_types"  # a model of several kinds of blocks says so in its config, by position
 
@@ -139,8 +140,15 @@ def _settle_at(place: int, block: nn.Module) -> None:
 
 
 def order_of(config: Any) -> list[int]:
-    """The numbers of the blocks that a config makes a model run; none: those that it has."""
-    return [n for pair in getattr(config, FIELD, None) or () for n in range(*pair)]
+    """The numbers of the blocks that a config makes a model run; none: those that it has.
+
+    Raises:
+        TargetError: they are far too many.
+    """
+    pairs = getattr(config, FIELD, None) or ()
+    if (deep := sum(end - start for start, end in pairs)) > DEEPEST:
+        raise TargetError(f"{FIELD} makes a model of {deep} blocks, and {DEEPEST} are the most")
+    return [n for pair in pairs for n in range(*pair)]
 
 
 @contextmanager

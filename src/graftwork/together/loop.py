@@ -322,7 +322,9 @@ class Together:
                     sums[item.place] += value * item.rows
                     rows[item.place] += item.rows
         if empty := [self.learners[p].run.name for p, n in rows.items() if not n]:
-            raise TrainingError(f"the evaluation of run {empty[0]!r} has no rows")
+            raise TrainingError(
+                f"the evaluation of run {empty[0]!r} has no rows; give it a batch at least, or none"
+            )
         return {place: sums[place] / rows[place] for place in sums}
 
     # -- all

@@ -128,7 +128,10 @@ class Own:
         labels: list[Tensor] = []
         for item in joined.items:
             if not isinstance(own := item.batch.get("labels"), Tensor):
-                raise TrainingError(f"a batch of run {item.name!r} has no labels for the loss")
+                raise TrainingError(
+                    f"a batch of run {item.name!r} has no labels for the loss; give each batch "
+                    '"labels"'
+                )
             labels.append(own)
         if self.terms is next_token and joined.most:
             # what stands before the first token of a row without virtual ones predicts nothing

@@ -8,8 +8,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from ..config import PeftConfig, TargetConfig
-from ..engine.inject import check_name
 from ..errors import TrainingError, did_you_mean
+from ..targets.names import check_name
 
 FINISHED, STOPPED, FAILED = "finished", "stopped early", "failed"
 

@@ -36,7 +36,10 @@ class Held:
         self.own = [p for key, p in every.items() if key not in heads]
         self.heads = list(heads.values())
         if not every:
-            raise TrainingError(f"the adapter {name!r} has no tensor that can be trained")
+            raise TrainingError(
+                f"the adapter {name!r} has no tensor that can be trained; "
+                f"set_requires_grad({name!r}) first, or leave its run out"
+            )
 
     @property
     def parameters(self) -> list[Tensor]:

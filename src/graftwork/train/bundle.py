@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import did_you_mean
+from ..errors import FileError, did_you_mean
+from ..files import schema
+from ..files.atomic import exchange, replacing
+from ..files.bounded import content, parsed, read_json, shown
 from .recipe import Recipe, RecipeError
 from .tasks import TASKS, Spec
 
@@ -48,7 +51,7 @@ class Note:
 def write(folder: Path, note: Note) -> None:
     """Write ``graftwork.json`` into a folder."""
     packages = ("torch", "transformers", "datasets")
-    content = {
+    said = {
         "format": FORMAT,
         "graftwork": __version__,
         "versions": {name: version(name) for name in packages},
@@ -58,7 +61,7 @@ def write(folder: Path, note: Note) -> None:
         "recipe": note.recipe.explicit,
         "metrics": note.metrics,
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = json.dumps(said, indent=2, ensure_ascii=False)
     (folder / NOTE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -68,8 +71,6 @@ def read(folder: str | os.PathLike[str]) -> Note:
     Raises:
         RecipeError: there is no such folder, or ``graft train`` did not write it.
     """
-    from .recipe import build
-
     path = Path(folder).expanduser()
     if not path.is_dir():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -81,21 +82,41 @@ def read(folder: str | os.PathLike[str]) -> Note:
                 "task and labels is missing. Load it in Python with AutoPeftModel.from_pretrained"
             )
         raise RecipeError(f"{folder} holds no adapter ({NOTE} and adapter_config.json are missing)")
+    return noted(content(path / NOTE), path / NOTE)
+
+
+def noted(text: bytes, where: Any) -> Note:
+    """The note that the text of a file says; ``where``: the file, for messages.
+
+    Raises:
+        RecipeError: it says none.
+    """
+    from .recipe import build
+
     try:
-        content = json.loads((path / NOTE).read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
+        found = parsed(text, where)
+        if found["format"] > FORMAT:
             raise RecipeError(
-                f"{path / NOTE} was written by graftwork {content['graftwork']}, which is newer "
+                f"{where} was written by graftwork {shown(found['graftwork'])}, which is newer "
                 f"than this one ({__version__}); upgrade with `pip install -U graftwork`"
             )
-        recipe, _ = build(content["recipe"])
-        spec = Spec.from_dict(content["spec"])
-        note = Note(recipe, spec, content["base"], content["precision"], content["metrics"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path / NOTE} is damaged: {type(error).__name__}: {error}") from error
-    if note.spec.task not in TASKS:
-        raise RecipeError(f"{path / NOTE} names the task {note.spec.task!r}, which is not known")
-    return note
+        if not isinstance(found["recipe"], dict):
+            raise TypeError("its recipe is no object")
+        recipe, _ = build(found["recipe"])
+        spec = Spec.from_dict(found["spec"])
+        if spec.task not in TASKS:
+            raise RecipeError(f"{where} names the task {shown(spec.task)}, which is not known")
+        metric, metrics = TASKS[spec.task].metric, found["metrics"]
+        numbers = [metrics[when][metric] for when in ("before", "after")]
+        texts = found["base"], found["precision"]
+        if not schema.fits(numbers, list[float]) or not schema.fits([*texts], list[str]):
+            raise TypeError("its base, precision or metrics are of another kind")
+        return Note(recipe, spec, *texts, metrics)
+    except RecipeError:
+        raise
+    except (FileError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:500]}"
+        raise RecipeError(f"{where} is damaged: {reason}") from error
 
 
 class Place:
@@ -130,7 +151,7 @@ class Place:
                     f"--output: {out} already holds a trained adapter; name another folder, or "
                     "replace it with --overwrite"
                 )
-        if self.work.exists() and not overwrite:
+        if _in_use(self.work) and not overwrite:
             if (self.work / RECIPE).is_file():
                 raise RecipeError(
                     f"--output: an unfinished training of {out.name} lies in {self.work}; go on "
@@ -146,7 +167,8 @@ class Place:
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True)
         text = json.dumps(recipe.explicit, indent=2, ensure_ascii=False)
-        (self.work / RECIPE).write_text(text + "\n", encoding="utf-8")
+        with replacing(self.work / RECIPE) as file:
+            file.write(f"{text}\n".encode())
 
     def begun(self) -> dict[str, Any]:
         """The recipe of an unfinished training.
@@ -163,8 +185,7 @@ class Place:
                 else f"--resume: there is no unfinished training of {self.output} "
                 f"({self.work} is not there)"
             )
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return read_json(path)
 
     def abandon(self) -> None:
         """Remove the working folder, unless a training can be resumed from it."""
@@ -175,11 +196,15 @@ class Place:
 
     def finish(self, made: Path) -> None:
         """Put the finished folder in its place and remove what was needed to make it."""
-        old = self.work / "replaced"
-        if self.output.is_dir():
-            os.replace(self.output, old)
-        os.replace(made, self.output)
+        exchange(made, self.output)
         shutil.rmtree(self.work)
+
+
+def _in_use(work: Path) -> bool:
+    """Whether there is more than what a crash at the very beginning leaves."""
+    if not work.is_dir():
+        return work.exists()
+    return any(not path.name.startswith(f".{RECIPE}") for path in work.iterdir())
 
 
 def _some(folder: Path) -> str:

@@ -4,6 +4,7 @@ repeat, a stop on a loss that is no number, and a stop on Ctrl-C that loses noth
 
 from __future__ import annotations
 
+import json
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -276,5 +277,14 @@ def run(loop: Loop, stop: Stop, checkpoint: Path | None) -> bool:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder; the state is what is written last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in folder.glob("checkpoint-*") if _whole(p / "trainer_state.json")]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _whole(state: Path) -> bool:
+    """Whether a file of JSON is there, and was written to its end."""
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..config import PeftConfig, TargetConfig, TaskType
 from ..errors import GraftworkError, did_you_mean
+from ..files.bounded import shown
 from ..table import METHODS, method
 from .defaults import defaults
 
@@ -188,16 +189,16 @@ def _read(value: Any, hint: Any) -> Any:
     """Text from the command line as YAML would read it; lists may be written with commas."""
     if not isinstance(value, str):
         return value
-    import yaml
+    from ..files.plain import YAML_ERRORS, plain_yaml
 
     if hint is str or (set(get_args(hint)) == {str, type(None)} and value.lower() != "null"):
         return value
     pattern = re.search(r"[\\^$*+?{}()|\[\]]", value)
-    if "," in value and not pattern:
-        return [yaml.safe_load(part) for part in value.split(",") if part.strip()]
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:  # a regex such as `.*[qv]_proj: x` is simply text
+        if "," in value and not pattern:
+            return [plain_yaml(part) for part in value.split(",") if part.strip()]
+        found = plain_yaml(value)
+    except YAML_ERRORS:  # a regex such as `.*[qv]_proj: x` is simply text
         return value
     # one name is a list of one; the fields of any type would take it for a regex
     one_name = hint is Any and isinstance(found, str) and not pattern and found != "all-linear"
@@ -211,7 +212,7 @@ def _typed(spelled: str, value: Any, hint: Any) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise OptionError(f"{spelled} should be {reason}, not {value!r}") from error
+        raise OptionError(f"{spelled} should be {reason}, not {shown(value)}") from error
 
 
 def is_targeted(name: str) -> bool:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import GraftworkError, did_you_mean
+from ..files.bounded import shown
 from . import options
 
-MAX_CONFIG = 2**20  # bytes; a recipe is a few lines
+MAX_CONFIG = 2**16  # bytes; a recipe is a few lines
 
 
 class RecipeError(GraftworkError, ValueError):
@@ -129,8 +130,6 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         RecipeError: there is no such file, or it is no list of keys with values.
     """
-    import yaml
-
     file = Path(path)
     if not file.is_file():
         raise RecipeError(
@@ -138,12 +137,24 @@ def read_yaml(path: str) -> dict[str, Any]:
         )
     if file.stat().st_size > MAX_CONFIG:
         raise RecipeError(f"{path} is far too large for a recipe; give the data with --data")
+    return settings(file.read_bytes(), path)
+
+
+def settings(text: bytes, where: str) -> dict[str, Any]:
+    """The keys and values in the text of a recipe file.
+
+    Raises:
+        RecipeError: it is no list of keys with values, or refers to parts of itself: those can
+            stand for more than any memory holds.
+    """
+    from ..files.plain import YAML_ERRORS, plain_yaml
+
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no YAML: {error}") from error
+        found = plain_yaml(text.decode("utf-8-sig"))
+    except YAML_ERRORS as error:
+        raise RecipeError(f"{where} is no YAML: {error}") from error
     if not isinstance(found, dict):
-        raise RecipeError(f"{path} must hold lines such as `batch_size: 32`, not {found!r:.60}")
+        raise RecipeError(f"{where} must hold lines such as `batch_size: 32`, not {shown(found)}")
     return {str(key).replace("-", "_"): value for key, value in found.items()}
 
 
@@ -210,10 +221,12 @@ def _validated(own: dict[str, Any], spelling: Mapping[str, str]) -> Recipe:
                 lines.append(f"{flag(name)} is missing: {FIELDS[name].description}")
             else:
                 reason = problem["msg"].removeprefix("Input should be ")
-                lines.append(f"{spelling.get(name, name)} should be {reason}, not {own[name]!r}")
+                lines.append(
+                    f"{spelling.get(name, name)} should be {reason}, not {shown(own[name])}"
+                )
         raise RecipeError("\n".join(lines)) from error
     if recipe.steps is not None and recipe.epochs is not None:
         raise RecipeError("--steps and --epochs exclude each other; give one of them")
     if recipe.template is not None and "{prompt}" not in recipe.template:
-        raise RecipeError(f"--template must contain {{prompt}}; {recipe.template!r} does not")
+        raise RecipeError(f"--template must contain {{prompt}}; {shown(recipe.template)} does not")
     return recipe

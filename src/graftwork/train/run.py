@@ -179,6 +179,8 @@ def _trained(prepared: Prepared, screen: Screen, place: Place, checkpoint: Path 
             f"{near(place.work)}. Go on with:\n"
             f"  {program()} train --resume --output {shlex.quote(near(place.output))}"
         )
+    if unused := prepared.model.unused_sites():
+        screen.say(f"{len(unused)} layers with adapters never ran, among them {unused[0]}")
     screen.say("measuring after training")
     after = measured(prepared)
     return _written(prepared, place, before, after, seconds)
@@ -202,6 +204,8 @@ def _written(
     seconds: float,
 ) -> Result:
     made = place.work / bundle.DONE
+    if made.exists():  # of a run that was killed here
+        shutil.rmtree(made)
     prepared.model.save_pretrained(made)
     prepared.tokenizer.save_pretrained(made)
     size = (made / "adapter_model.safetensors").stat().st_size

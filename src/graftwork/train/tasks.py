@@ -48,8 +48,14 @@ class Spec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Spec:
-        """From plain data."""
-        return cls(**{**data, "labels": tuple(data.get("labels", ()))})
+        """From plain data.
+
+        Raises:
+            ValueError: it is of other kinds.
+        """
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_python(data)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import nn
 
+from ..files.bounded import weight_map
 from ..files.hub import Source
-from ..files.mapped import opened
+from ..files.mapped import layout, opened
 from . import base
 from .recipe import RecipeError
 
@@ -51,11 +51,9 @@ def load(source: str, revision: str | None = None) -> nn.Embedding:
 def _files(source: Source) -> dict[str, str]:
     """Name of a weight -> the file that holds it."""
     if (path := source.find(WEIGHTS)) is not None:
-        with opened(path) as file:
-            return dict.fromkeys(file.keys(), WEIGHTS)
+        return dict.fromkeys(layout(path).entries, WEIGHTS)
     if (index := source.find(f"{WEIGHTS}.index.json")) is not None:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return found
+        return weight_map(index)
     return {}
 
 

@@ -81,7 +81,9 @@ def _check(switch: Switch, adapters: Sequence[str], weights: Sequence[float], na
     if not adapters or len(adapters) != len(weights):
         raise StateError(f"give a weight for each of {len(adapters)} adapters, not {len(weights)}")
     if bad := [w for w in weights if not math.isfinite(w)]:
-        raise StateError(f"a weight is a finite number, not {bad[0]}")
+        raise StateError(
+            f"a weight is a finite number, not {bad[0]}; give one for each of the adapters"
+        )
     kinds = {switch.configs[n].COMBINES: n for n in adapters}
     if len(kinds) > 1:
         each = ", ".join(f"{n!r} of {kind}" for kind, n in kinds.items())

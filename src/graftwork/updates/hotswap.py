@@ -21,6 +21,7 @@ from ..engine.switch import Switch
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, warn
 from ..files import codec
+from ..files.intact import intact
 from ..methods.lora import LoRA
 from ..targets.offer import Offer
 from ..targets.plan import plan
@@ -93,18 +94,13 @@ def swap(
     """
     switch.check((name,))
     own = switch.configs[name]
-    _check(own, config, where)
+    check(own, config, where)
     if any(name in host.merged_adapters for host in hosts(model).values()):
         raise StateError(f"{name!r} is merged: unmerge_adapter() before it is hot-swapped")
     config = copy.deepcopy(config)
     slots = plan(Offer(model), config)
     built = build(model, slots, config, switch, start=False, autocast=True)
-    owned = [
-        codec.Owned(part, f"{path}.{part.prefix}", config.at(path, _parameter(host, key)))
-        for (path, key), (host, part) in built.parts.items()
-    ]
-    if built.shared is not None:
-        owned.append(codec.Owned(built.shared, codec.MARK, config))
+    owned = _owned(built, config)
     report, found = codec.compare(model, owned, tensors)
     codec.judge(report, where, strict=True)
     codec.fill(model, owned, tensors, found)
@@ -114,10 +110,11 @@ def swap(
         pairs.append((shared, built.shared))
     for old, new in pairs:
         _fits(old, new, where)
-    for old, new in pairs:
-        _copy(old, new)
-    vars(own).update(vars(config))  # in place: compiled code may refer to the object
-    refresh(model, name)
+    with intact(model, name):
+        for old, new in pairs:
+            _copy(old, new)
+        vars(own).update(vars(config))  # in place: compiled code may refer to the object
+        refresh(model, name)
     return report
 
 
@@ -132,12 +129,23 @@ def refresh(model: nn.Module, name: str) -> None:
                 part.derive(host.need_site(key))
 
 
+def _owned(built: Any, config: TargetConfig) -> list[codec.Owned]:
+    owned = [
+        codec.Owned(part, f"{path}.{part.prefix}", config.at(path, _parameter(host, key)))
+        for (path, key), (host, part) in built.parts.items()
+    ]
+    if built.shared is not None:
+        owned.append(codec.Owned(built.shared, codec.MARK, config))
+    return owned
+
+
 def _parameter(host: Host, key: str) -> str:
     site = host.site_of(key)
     return site.parameter if site is not None else "weight"
 
 
-def _check(own: Any, new: Any, where: str) -> None:
+def check(own: Any, new: Any, where: str) -> None:
+    """Refuse what would compute otherwise than the adapter that is there."""
     if own.method != new.method:
         raise StateError(f"{where} is of the method {new.method}, the adapter there {own.method}")
     mine, theirs = own.to_dict(), new.to_dict()
@@ -168,7 +176,10 @@ def _pairs(model: nn.Module, name: str, parts: Any, where: str) -> list[tuple[Ad
             silent.B.zero_()
             pairs.append((old, silent))
         else:
-            raise FileError(f"{where} lacks {place[0]}, at which the adapter sits")
+            raise FileError(
+                f"{where} lacks {place[0]}, at which the adapter sits; load it with load_adapter "
+                "under a name of its own"
+            )
     return pairs
 
 

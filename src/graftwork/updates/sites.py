@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.adapter import Adapter
-from ..engine.host import Host, steady
+from ..engine.host import Host, LayerHost
 from ..engine.inject import inject
-from ..engine.module import PARAM
-from ..engine.site import Site
+from ..engine.module import PARAM, part_key
+from ..engine.site import Embedding, Site, kind_of
 from ..engine.switch import Switch
 from ..engine.ties import Tied
-from ..engine.tree import hosts, walk
+from ..engine.tree import hosts, inside, walk
 from ..errors import StateError
-from ..fast.tensors import no_autocast
+from ..fast.shards import in_parts, parts_in
+from ..fast.tensors import no_autocast, steady
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
 from ..parts.tokens import Tokens
@@ -89,6 +90,8 @@ def updates_of(
     found = Updates(switch.configs[name])
     for path, host in hosts(model).items():
         for key, part in host.parts_of(name):
+            if how := parts_in([host.base_layer, part]):
+                raise in_parts(path, how, "combined or converted")
             if isinstance(part, Tied):
                 found.tied |= part.saved
                 continue  # the first end has the tensors
@@ -174,6 +177,7 @@ def insert(
     values = saved if saved is not None else {
         key: one.whole[key].tensors for one in reversed(found) for key in one.whole
     }  # fmt: skip
+    places, values = _absorbed(model, places, values)
     places = _levelled(places)
     if not places:
         raise StateError("there is no LoRA in it: no matrix of a layer that LoRA knows is trained")
@@ -200,6 +204,37 @@ def give(
                 _give(part, values[path, key])
 
 
+def _absorbed(
+    model: nn.Module,
+    places: Mapping[Place, Factored],
+    values: Mapping[tuple[str, str], Mapping[str, Tensor]],
+) -> tuple[dict[Place, Factored], dict[tuple[str, str], dict[str, Tensor]]]:
+    """Updates that values trained as a whole would hide become part of these: all of an update
+    where the layer is copied, and the rows of tokens that are trained.
+    """
+    left, new, every = dict(places), {k: dict(v) for k, v in values.items()}, hosts(model)
+    for place, update in places.items():
+        copied, rows = (new.get((place.path, key)) for key in ("copy", "trainable_tokens"))
+        if copied is None and rows is None:
+            continue
+        host, change = every[place.path], update.b @ update.a
+        site = host.need_site("" if isinstance(host, LayerHost) else part_key(place.parameter))
+        if copied is not None:
+            del left[place]
+            copied[place.parameter] = copied[place.parameter] + site.from_matrix(change)
+        if copied is not None and update.bias is not None:
+            if "bias" not in copied:
+                raise StateError(
+                    f"the update of {place.path} has a bias and the layer has none, so what "
+                    "another of these adapters trains in its place cannot hold it: leave one out"
+                )
+            copied["bias"] = copied["bias"] + update.bias
+        for token in rows or ():
+            own = change[..., int(token)] if isinstance(site, Embedding) else change[int(token)]
+            rows[token] = rows[token] + own  # type: ignore[index]
+    return left, new
+
+
 def beside(saved: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
     """The fields of a config that ask for what is trained as a whole."""
     tokens = {path: sorted(map(int, saved[path, k])) for path, k in saved if "tokens" in k}
@@ -214,7 +249,8 @@ def _levelled(places: Mapping[Place, Factored]) -> dict[Place, Factored]:
     top = max((u.rank for u in places.values()), default=1)
     size = {p: u.a.shape[-1] + u.b.shape[-2] for p, u in places.items()}
     exact = sum(size[p] * u.rank for p, u in places.items())
-    if sum(size.values()) * top > PADDING * exact:
+    needless = any(top > min(u.a.shape[-1], u.b.shape[-2]) for u in places.values())
+    if needless or sum(size.values()) * top > PADDING * exact:
         return dict(places)
     return {p: u.padded(top) for p, u in places.items()}
 
@@ -238,6 +274,9 @@ def _config(
     r = max(set(ranks), key=ranks.count) if ranks else 1
     others = {re.escape(p.name): u.rank for p, u in places.items() if u.rank != r}
     biases = {config.bias for config in configs} - {"none"}
+    shifts = any(u.bias is not None for u in places.values())
+    layers = {path: kind_of(inside(module)) for path, module in walk(model)}
+    bare = [p.path for p in places if layers[p.path] is Embedding] if shifts else []
     return LoraConfig(
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
@@ -249,7 +288,8 @@ def _config(
         alpha_pattern=dict(others),
         target_modules=_exactly(model, {p.path for p in places if p.parameter == "weight"}),
         target_parameters=[p.name for p in places if p.parameter != "weight"] or None,
-        lora_bias=any(u.bias is not None for u in places.values()),
+        lora_bias=shifts,
+        overrides={re.escape(path): {"lora_bias": False} for path in bare},
         **beside(saved),
         bias=("all" if "all" in biases else "lora_only") if biases else "none",
         ensure_weight_tying=any(one.tied for one in found),
