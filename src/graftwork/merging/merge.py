@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..files.folder import read_tensors
 from ..files.hub import Source
 from ..model.probe import MergeReport, reporting
 from .plan import Plan
+from .readback import read_back, sampled
 from .shards import INDEX, KINDS, SINGLE, Piece, Shard, shards_of, write
 
 NOTE = "merge.json"  # in the working folder: what it is of, and what is done
@@ -44,7 +45,6 @@ WEIGHTS = (
     ".gguf",
     ".index.json",
 )
-SAMPLE = 16  # numbers of a tensor that are read back
 TOKENS = ("token", "vocab", "merges", "special", "added_tokens", "chat_template", "spiece")
 
 
@@ -278,44 +278,11 @@ def _merge(
         found.resumed += 1
     else:
         path = work.folder / shard.path.name
-        write(path, [_sampled(one, samples) for one in pieces], {"format": "pt", **shard.metadata})
-        _read_back(path, samples)
+        write(path, [sampled(one, samples) for one in pieces], {"format": "pt", **shard.metadata})
+        read_back(path, samples)
         work.probed = dict(found.report.ratios)
         work.note(shard.path.name)
     shard.forget()
-
-
-def _sampled(piece: Piece, samples: dict[str, Tensor]) -> Piece:
-    """A piece of which a few numbers are noted when it is computed."""
-    if (compute := piece.value) is None:
-        return piece
-
-    def value() -> Tensor:
-        tensor = compute()
-        samples[piece.name] = _few(tensor).clone()
-        return tensor
-
-    return replace(piece, value=value)
-
-
-def _few(tensor: Tensor) -> Tensor:
-    """A few numbers of a tensor, from all over it."""
-    return tensor.detach().cpu().reshape(-1)[:: max(1, tensor.numel() // SAMPLE)]
-
-
-def _read_back(path: Path, samples: dict[str, Tensor]) -> None:
-    """Compare a file with what was to be in it.
-
-    Raises:
-        FileError: it holds something else.
-    """
-    shard = Shard(path)
-    for name, sample in samples.items():
-        if not torch.equal(_few(shard.view(name)), sample):
-            raise FileError(
-                f"{path} does not hold the merged values of {name} after it was written; the disk "
-                "or its file system has lost them: write to another one"
-            )
 
 
 def _value(
