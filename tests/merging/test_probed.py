@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 import graftwork as g
 from graftwork import Adapter, LoraConfig, MergeError, PeftModel, TargetConfig, get_peft_model
 from graftwork.engine.host import Host, LayerHost
+from graftwork.files.mapped import layout
+from graftwork.merging import merge as room
 from graftwork.merging.merge import NOTE, merge_files
 from graftwork.merging.plan import Plan
-from graftwork.merging.shards import Shard
 from graftwork.testing.bench import shake
 from specs import ROWS
 from tiny import IDS, MODELS, build, run
@@ -252,14 +253,18 @@ def test_files_are_probed_counted_and_read_back(
         patch.setattr(Plan, "value", base_instead)
         with pytest.raises(MergeError, match=r"left out 1 of 4 layers, model.layers.1.self_attn.v"):
             merged(files, tmp_path / "lost")
-    view = Shard.view
+    write = room.write
 
-    def damaged(self: Any, name: str) -> Tensor:
-        value = view(self, name)
-        return value + 1 if "partial" in str(self.path) and "v_proj" in name else value
+    def damaged(path: Path, *rest: Any) -> None:
+        write(path, *rest)
+        for name, one in layout(path).entries.items():
+            if "v_proj" in name:
+                with open(path, "r+b") as file:
+                    file.seek(one.begin)
+                    file.write(b"damaged!")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shard, "view", damaged)
+        patch.setattr(room, "write", damaged)
         with pytest.raises(
             g.FileError, match=r"does not hold the merged values of .*v_proj.weight"
         ):
@@ -270,8 +275,6 @@ def test_files_are_probed_counted_and_read_back(
 def test_a_merge_that_goes_on_remembers_its_probes(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftwork.merging import merge as room
-
     plain, calls = room._merge, []
 
     def stops(plan: Any, shard: Any, *rest: Any) -> None:

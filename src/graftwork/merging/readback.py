@@ -1,4 +1,4 @@
-"""Whether a file holds what was written into it: a few numbers of each merged tensor, read again."""
+"""Whether a file holds what was written into it: a few numbers of each merged tensor, read back."""
 
 from __future__ import annotations
 
