@@ -92,6 +92,7 @@ def _content(
         config, tensors = config.for_peft(base, tensors)
     config = copy(config)
     config.inference_mode = True
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base.__dict__.get("name_or_path")
+    of = config.base_model_name_or_path or base.__dict__.get("name_or_path")
+    # of a model without a name PEFT writes an empty one for prompts, and none for others
+    config.base_model_name_or_path = of if of or config.is_prompt_learning else None
     return config, tensors
