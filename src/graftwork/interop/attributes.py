@@ -216,7 +216,7 @@ def bias(host: Host) -> Any:
 
 
 def _active(host: Host) -> nn.Module:
-    for name in host.switch.active if host.switch.enabled else ():
+    for name in host.switch.current().active:
         for key, part in host.parts_of(name):
             if not is_own(key, part) and (module := part.instead()) is not None:
                 return module
