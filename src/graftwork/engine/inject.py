@@ -94,7 +94,7 @@ def inject(
 
 
 def changed(model: nn.Module, switch: Switch, trains: bool) -> None:
-    """Tell whoever watches: an adapter is there, to be trained or not, or the last one is gone."""
+    """Tell whoever watches: an adapter is there, to be trained or not, or one is gone."""
     for watch in WATCHES:
         watch(model, switch, trains)
 
@@ -289,4 +289,4 @@ def delete(model: nn.Module, switch: Switch, names: Sequence[str]) -> None:
                 put(model, path, module.base_layer)
         if not switch.configs:
             restore(model)
-            changed(model, switch, False)
+        changed(model, switch, False)

@@ -65,7 +65,7 @@ class Canary:
         """A forward with nothing to see in it: for how long the optimizer's step is waited for."""
         if self.step is not None:
             self.step.waited += 1
-            if self.step.waited > PATIENCE:
+            if self.step.waited > PATIENCE or not self.step.arrived:  # no backward: no training
                 self.drop()
         self.retire(module)
 
@@ -90,13 +90,18 @@ class Canary:
 
 
 def watch(model: nn.Module, switch: Switch, trains: bool) -> None:
-    """Watch the next training step of a model; with its last adapter the hooks go."""
+    """Follow a change: with an adapter goes what was seen of it, with the last one the hooks."""
     if not switch.configs or injection.switch_of(model) is None:
         for module in model.modules():
             for hook in [h for h in module._forward_pre_hooks.values() if isinstance(h, MINE)]:
+                if isinstance(hook, Canary):
+                    hook.drop()
                 remove(module, hook)
         return
     checkpoint.install()
+    for hook in [h for h in model._forward_pre_hooks.values() if isinstance(h, Canary)]:
+        if hook.step is not None and not switch.configs.keys() >= set(hook.step.names):
+            hook.drop()  # it holds tensors of an adapter that is gone
     if trains:
         arm(model, switch)
 

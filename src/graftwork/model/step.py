@@ -79,8 +79,8 @@ class Step:
 
     def watch(self) -> None:
         """Watch the forward that begins."""
-        if not self.trained:
-            return
+        if not any(tensor.requires_grad for tensor in self.trained.values()):
+            return  # or no more: they may have been frozen since
         self.inside, self.forwards = True, self.forwards + 1
         self.scaled = self.scaled or _half(self.model)
         around = [module for module, _ in self.parents.values()]
