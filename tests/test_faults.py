@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftwork import (
     AutoPeftModelForCausalLM,
+    FileError,
     IA3Config,
     LoraConfig,
     MergeError,
@@ -52,7 +53,7 @@ def test_new_tokens_cost_their_rows_and_need_no_resizing(kind: str, tmp_path: Pa
     assert os.path.getsize(tmp_path / "adapter" / WEIGHTS) < 6000  # tables: 8 KiB each
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-    with pytest.raises(ValueError, match=r"resize it first: model.resize_token_embeddings\(67\)"):
+    with pytest.raises(FileError, match=r"resize it first: model.resize_token_embeddings\(67\)"):
         PeftModel.from_pretrained(build(kind), tmp_path / "adapter")
 
 
