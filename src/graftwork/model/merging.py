@@ -91,6 +91,12 @@ class Merging(nn.Module):
     def _merge(
         self, root: Grafted, names: Sequence[str] | None, safe: bool, keep: bool | str
     ) -> None:
+        with root.switch.turns.change(None):  # no other thread unmerges what is not yet counted
+            self._merge_alone(root, names, safe, keep)
+
+    def _merge_alone(
+        self, root: Grafted, names: Sequence[str] | None, safe: bool, keep: bool | str
+    ) -> None:
         before = root.switch.merged
         with reporting() as report:
             root.merge_adapter(names, safe, keep)

@@ -8,6 +8,7 @@ what differs is then the rounding of the new weight to its dtype, whose bound is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -72,18 +73,23 @@ class MergeReport:
         )
 
 
-_REPORTS: list[MergeReport] = []  # those that are being written
+class _Reports(threading.local):
+    def __init__(self) -> None:
+        self.now: list[MergeReport] = []  # those that this thread writes
+
+
+_REPORTS = _Reports()
 
 
 @contextmanager
 def reporting() -> Iterator[MergeReport]:
     """Within the block, what is merged is noted."""
     report = MergeReport()
-    _REPORTS.append(report)
+    _REPORTS.now.append(report)
     try:
         yield report
     finally:
-        _REPORTS.remove(report)
+        _REPORTS.now.pop()
 
 
 def probe(host: Host, names: tuple[str, ...], new: dict[str, Tensor]) -> None:
@@ -97,7 +103,7 @@ def probe(host: Host, names: tuple[str, ...], new: dict[str, Tensor]) -> None:
             f"merging {list(names)} would leave {host.path} as it is, though they sit there; "
             "nothing was changed. Look at what their method's fold() gives"
         )
-    if any(host.path in report.ratios for report in _REPORTS):
+    if any(host.path in report.ratios for report in _REPORTS.now):
         return  # merge_and_unload computes all twice
     ratio = _ratio(host, names, new) if isinstance(host, LayerHost) else None
     if ratio is not None and not ratio <= 1:
@@ -106,7 +112,7 @@ def probe(host: Host, names: tuple[str, ...], new: dict[str, Tensor]) -> None:
             f"would be {ratio:.3g} times as far from those with the adapters as its dtype allows. "
             "Nothing was changed; fold() and forward() of the method do not agree: run it unmerged"
         )
-    for report in _REPORTS:
+    for report in _REPORTS.now:
         report.ratios[host.path] = ratio
 
 
