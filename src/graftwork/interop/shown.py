@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -19,21 +18,23 @@ from .tree import held, shape
 from .views import Home, container
 
 
-def _owners_are_asked() -> bool:
-    """Whether torch's sharding asks, which puts other tensors in their owners' places."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_globals["__name__"] in (__name__, nn.Module.__module__):
-        frame = frame.f_back
-    return frame is not None and frame.f_globals["__name__"].startswith("torch.distributed.")
+def _alone(shown: Any, name: str) -> Any:
+    """A method in one process; among several the real tree is shown: torch's sharding puts other
+    tensors in their owners' places, by the names that it has found before.
+    """
+    real = getattr(nn.Module, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (real if several else shown)(self, *args, **kwargs)
+
+    return method
 
 
 def named_modules(
     self: Host, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
     """PEFT's modules at this layer, then this library's own."""
-    if _owners_are_asked():
-        yield from nn.Module.named_modules(self, memo, prefix, remove_duplicate)
-        return
     memo = set() if memo is None else memo
     if self in memo:
         return
@@ -183,4 +184,4 @@ def install() -> None:
         },
     }.items():
         for name, method in methods.items():
-            setattr(kind, name, method)
+            setattr(kind, name, _alone(method, name))
