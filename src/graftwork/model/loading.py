@@ -167,16 +167,17 @@ class Loader:
                 raise
             open_, placed = False, built()
         try:
-            if open_ and not self._fits(base, name) and self._read_otherwise(base):
+            parts = codec.owned(base, name, self.file_config)
+            if open_ and not self._fits(base, parts) and self._read_otherwise(base):
                 drop(placed)
                 placed = built()
-            return placed, self.load_into(placed, name, new=True)
+                parts = codec.owned(base, name, self.file_config)
+            return placed, self.load_into(placed, name, new=True, parts=parts)
         except BaseException:
             drop(placed)
             raise
 
-    def _fits(self, base: nn.Module, name: str) -> bool:
-        parts = codec.owned(base, name, self.file_config)
+    def _fits(self, base: nn.Module, parts: list[codec.Owned]) -> bool:
         report, _ = codec.compare(base, parts, self.tensors, self.key_mapping)
         if report.ok or self.key_mapping:
             return report.ok
@@ -202,14 +203,18 @@ class Loader:
         return True
 
     @uncollected()
-    def load_into(self, model: PeftModel, name: str, new: bool) -> codec.LoadReport:
-        """Fill an adapter that is in place; where that fails, nothing is changed."""
+    def load_into(
+        self, model: PeftModel, name: str, new: bool, parts: list[codec.Owned] | None = None
+    ) -> codec.LoadReport:
+        """Fill an adapter that is in place; where that fails, nothing is changed. ``parts``: its
+        own, where they are known.
+        """
         base = model.get_base_model()
         if not new:
             if name in model.base_model.merged():
                 raise StateError(f"{name!r} is merged: unmerge_adapter() before it is loaded anew")
             self._check_same(model.peft_config[name])
-        parts = codec.owned(base, name, self.file_config)
+        parts = codec.owned(base, name, self.file_config) if parts is None else parts
         with codec.whole(base, parts, write=True):
             report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
             if not report.ok and not (self.key_mapping or self.training or self.reading):
