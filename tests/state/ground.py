@@ -66,7 +66,9 @@ class Ground:
             getattr(self, name)(*arguments)
         self.counts[name] += 1
         loads = ("load", "swap", "attach_saved", "attach_broken")
-        free = (ZERO, *(FREE if "cat" in op or name in loads else ()))
+        free = FREE if "cat" in op or name in loads else ()
+        if name == "train" and self.counts["combine"]:
+            free = (*free, ZERO)
         texts = [str(w.message) for w in seen]
         texts = [text for text in texts if not any(may in text for may in free)]
         wants = self.reference.warns
