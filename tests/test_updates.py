@@ -181,6 +181,85 @@ def test_what_is_trained_as_a_whole_is_combined_too() -> None:
     torch.testing.assert_close(tokens.rows[0], 0.25 * old.rows[0] + 0.75 * w[3])
 
 
+def test_what_is_combined_of_zeros_can_be_trained() -> None:
+    """Where both factors are 0, as where a rank is filled up, no step would change anything."""
+    first = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    second = LoraConfig(r=3, target_modules=["down_proj", "embed_tokens"])
+    model = get_peft_model(build("llama"), first, "x").eval()
+    model.add_adapter("y", second)
+    before = run(model, "llama")
+    model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new", "linear")
+    model.set_adapter("new")
+    assert torch.equal(run(model, "llama"), before)
+    model(IDS).logits.square().mean().backward()
+    assert model.peft_config["new"].rank_pattern == {}
+    learns = [p.grad for n, p in model.named_parameters() if n.endswith("new.lora.B")]
+    assert len(learns) == 5 and all(g is not None and (g.norm(dim=0) > 0).all() for g in learns)
+
+
+EMBEDDING, HEAD = ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]
+ROWS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+SHARED = {"ensure_weight_tying": True}
+
+
+def ends(model: Any, name: str) -> list[Tensor]:
+    """The weights at the two ends of the tied one with an adapter."""
+    model = copy.deepcopy(model)
+    model.set_adapter(name)
+    plain = model.merge_and_unload()
+    return [plain.model.embed_tokens.weight.detach(), plain.lm_head.weight.detach()]
+
+
+@pytest.mark.fault("A5")
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"target_modules": HEAD}, ROWS],
+        [{"target_modules": HEAD, "trainable_token_indices": [3]}, ROWS],
+        [{"target_modules": EMBEDDING, **SHARED}, ROWS],
+        [{"target_modules": EMBEDDING, **SHARED, "trainable_token_indices": [3]}, ROWS],
+        [{**SAVED, **SHARED}, ROWS],
+        [{"target_modules": EMBEDDING, "trainable_token_indices": [3]}],
+        [{"target_modules": EMBEDDING, "trainable_token_indices": [3, 5]}, ROWS],
+        [{"target_modules": EMBEDDING}, {"target_modules": HEAD}],
+    ],
+    ids=str,
+)
+def test_both_ends_of_a_tied_weight_are_combined(options: list[dict[str, Any]]) -> None:
+    model = adapted(*(LoraConfig(r=2, **o) for o in options), model="llama_tied")
+    names = list(model.peft_config)
+    weights = [0.5, -1.5][: len(names)]
+    model.add_weighted_adapter(names, weights, "new", "linear")
+    base = build("llama_tied").model.embed_tokens.weight.detach()
+    each = [ends(model, n) for n in names]
+    for i, got in enumerate(ends(model, "new")):
+        want = base + sum(w * (one[i] - base) for w, one in zip(weights, each, strict=True))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.fault("A5")
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"target_modules": EMBEDDING}, ROWS],
+        [{"target_modules": EMBEDDING, "trainable_token_indices": [3]}, ROWS],
+        [{"target_modules": EMBEDDING}, {"target_modules": EMBEDDING, **SHARED}],
+        [SAVED, ROWS],
+        [{"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, ROWS],
+        [{"target_modules": HEAD}, {**SAVED, **SHARED}],
+    ],
+    ids=str,
+)
+def test_one_end_of_a_tied_weight_and_both_are_not_one_adapter(
+    options: list[dict[str, Any]],
+) -> None:
+    model = adapted(*(LoraConfig(r=2, **o) for o in options), model="llama_tied")
+    with pytest.raises(StateError, match=r"'x' changes .* alone, and 'y' also the other end"):
+        model.add_weighted_adapter(["x", "y"], [1.0, 1.0], "new", "linear")
+    assert list(model.peft_config) == ["x", "y"]
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

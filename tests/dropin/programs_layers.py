@@ -41,6 +41,9 @@ def cases() -> dict[str, tuple[str, str, dict[str, Any]]]:
         "rows": ("llama", "TrainableTokensConfig", {"token_indices": [5, 6]}),
         "lora_rows": ("llama", "LoraConfig", {**lora, "trainable_token_indices": [5, 6]}),
         "tied_rows": ("llama_tied", "LoraConfig", {**lora, "trainable_token_indices": [5]}),
+        "tied_rows_head": ("llama_tied", "LoraConfig", {
+            **lora, "target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [5],
+        }),
         "saved": ("bert", "LoraConfig", {**lora, "task_type": "SEQ_CLS"}),
         "adalora": ("llama", "AdaLoraConfig", {"init_r": 3, "target_r": 2, "total_step": 9}),
         "ia3": ("llama", "IA3Config", {}),
@@ -107,6 +110,8 @@ def layers_and_their_values(peft: Any) -> Any:
     out: dict[str, Any] = {}
     for name, case in cases().items():
         layers = out[name] = {}
+        if name == "tied_rows_head":
+            continue  # PEFT's base layer there is its wrapper of the rows; here it is the layer
         for path, m in made(peft, case).named_modules():
             if not isinstance(m, BaseTunerLayer) or path.endswith((".base_layer", "_adapter")):
                 continue

@@ -114,6 +114,13 @@ def _cases() -> list[tuple[str, str, str, dict[str, Any]]]:
     )
     add("llama", "head", target_modules=["lm_head", "q_proj"])
     add("llama_tied", "head_and_embedding", target_modules=["lm_head", "embed_tokens"])
+    for model in ("llama", "llama_tied"):
+        add(
+            model,
+            "tokens_beside_a_head",
+            target_modules=["q_proj", "lm_head"],
+            trainable_token_indices=[5, 9],
+        )
     for i, ends in enumerate((["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])):
         add("llama_tied", f"shared_{i}", target_modules=ends, ensure_weight_tying=True)
     add(

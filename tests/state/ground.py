@@ -24,10 +24,6 @@ RATE = 0.05
 FREE = ("a rank above the smaller", "another base model")  # told of what is loaded, or not
 
 
-# a combination has zeros in both factors where its adapters were not: that is told in training
-ZERO = "what trains here got a gradient of zeros alone in two steps"
-
-
 class Ground:
     """A model, what is said of it, and the folders that it was saved to.
 
@@ -67,8 +63,6 @@ class Ground:
         self.counts[name] += 1
         loads = ("load", "swap", "attach_saved", "attach_broken")
         free = FREE if "cat" in op or name in loads else ()
-        if name == "train" and self.counts["combine"]:
-            free = (*free, ZERO)
         texts = [str(w.message) for w in seen]
         texts = [text for text in texts if not any(may in text for may in free)]
         wants = self.reference.warns

@@ -91,7 +91,7 @@ class Record:
         rows = t.pop(ROWS, None)
         if self.copies(path):
             front = "" if "weight" in t else "ln_tuning_layers."
-            return t[f"{front}weight"], t[f"{front}bias"]
+            return t[f"{front}weight"], t.get(f"{front}bias")
         w, origin = (v.T if flip else v for v in (w, base[f"{path}.weight"]))
         if t.keys() - set(FROZEN):
             w, b = RULES[self.config.method](t, self.config, w, b, origin)

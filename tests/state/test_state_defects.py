@@ -80,6 +80,18 @@ SEQUENCES: dict[str, list[Op]] = {
         ("attach", "lora_embedding", "a", False), ("add", "lora_tokens", "b", False),
         ("combine", ["a", "b"], [1.0, 0.5], "c", "cat"), ("choose", ["c"], False),
     ],
+    "E3: combined with a bias of what another copies": [
+        *HEADS, ("combine", ["b", "a"], [-0.5, 1.0], "c", "linear"), ("choose", ["c"], False),
+    ],
+    "E3: combined with tokens of what another copies": [
+        ("attach", "lora_saving_embedding", "a", False), ("add", "lora_tokens", "b", False),
+        ("combine", ["a", "b"], [1.0, 0.5], "c", "linear"), ("choose", ["c"], False),
+    ],
+    "E3: combined of a LoRA beneath its own tokens": [
+        ("attach", "lora_under_tokens", "a", False), ("combine", ["a"], [0.5], "b", "linear"),
+        ("add", "lora_saving_embedding", "c", False),
+        ("combine", ["a", "c"], [0.5, 1.0], "d", "linear"), ("choose", ["d"], False),
+    ],
     "A9: all triplets into a masked adapter": [*ADALORA, ("load", "whole", "a", "a", False),
                                            ("save", "again", ["a"])],
     "A9: a schedule's state into fewer triplets": [
@@ -96,6 +108,17 @@ SEQUENCES: dict[str, list[Op]] = {
 def faults(names: dict[str, Any]) -> list[Any]:
     """The names as parameters, marked with the faults that they begin with."""
     return [pytest.param(n, marks=pytest.mark.fault(n.partition(":")[0])) for n in names]
+
+
+@pytest.mark.fault("E3")
+def test_an_adapter_whose_triplets_are_all_pruned_somewhere_is_combined() -> None:
+    replay(
+        20049, ("attach", "ia3_head", "weight", False), ("save", "s0", None),
+        ("choose", ["weight"], False), ("using", ["weight"]), ("add", "adalora", "aa", False),
+        ("delete", ["weight"]), ("train", 845), ("train", 155), ("save", "s0", None), ("unload",),
+        ("attach_saved", "s0", "weight", "keys", True), ("load", "s0", "aa", "a", False),
+        ("combine", ["a", "keys"], [0.5, 0.5], "lora_A", "linear"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", faults(SEQUENCES))

@@ -56,7 +56,11 @@ ZOO: dict[str, Callable[[], Any]] = {
     "lora_bias": kind(gw.LoraConfig, ["q_proj", "down_proj"], r=1, lora_bias=True),
     "lora_saving": kind(gw.LoraConfig, ["down_proj"], r=2, modules_to_save=["head"]),
     "lora_saving_norm": kind(gw.LoraConfig, ["q_proj"], r=1, modules_to_save=["norm"]),
+    "lora_saving_embedding": kind(gw.LoraConfig, ["head"], r=1, modules_to_save=["embed"]),
     "lora_tokens": kind(gw.LoraConfig, ["k_proj"], r=2, trainable_token_indices=[1, 3]),
+    "lora_under_tokens": kind(
+        gw.LoraConfig, ["embed", "q_proj"], r=2, trainable_token_indices=[2, 5]
+    ),
     "lora_biases": kind(gw.LoraConfig, ["k_proj", "head"], r=1, bias="lora_only"),
     "pissa": kind(gw.LoraConfig, ["k_proj", "head"], r=2, init_lora_weights="pissa"),
     "dora": kind(gw.LoraConfig, ["q_proj", "down_proj"], r=2, use_dora=True),

@@ -150,6 +150,8 @@ def build(
                         part = _make(slot, host, shared, start=start, autocast=autocast)
                 part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
                 built.parts[slot.path, slot.key] = host, part
+    for slot in sorted(slots, key=lambda slot: slot.level):  # a tied end may be beneath the rest
+        built.parts[slot.path, slot.key] = built.parts.pop((slot.path, slot.key))
     _need_names(built)
     return built
 

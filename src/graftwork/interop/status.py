@@ -64,7 +64,7 @@ def _rows(path: str, host: Host) -> list[TunerLayerStatus]:
 
 
 def _type(host: Host, wrapper: str) -> str:
-    if wrapper == TOKENS:
+    if wrapper.endswith(TOKENS):
         return "TrainableTokensLayer"
     if wrapper.endswith("out_proj"):
         return "lora.Linear"
@@ -78,7 +78,7 @@ def _row(path: str, kind: str, host: Host, own: list[Entry]) -> TunerLayerStatus
     for entry in own:
         config = host.switch.configs[entry.adapter]
         trained = LAYERS.get(config.method, ({},))[0]
-        if entry.attribute in trained or entry.wrapper == TOKENS:
+        if entry.attribute in trained or entry.wrapper.endswith(TOKENS):
             flags.setdefault(entry.adapter, []).append(entry.tensor.requires_grad)
         places.setdefault(entry.adapter, set()).add(entry.tensor.device.type)
     return _status(path, kind, host, flags, places)

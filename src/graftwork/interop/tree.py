@@ -63,16 +63,19 @@ def entries(host: Host) -> Iterator[Entry]:
     """The tensors of all adapters at a layer, but for copies and for the base's own."""
     for name in host.adapters:
         kinds = kinds_of(host.switch.configs[name].method) if name in host.switch.configs else {}
-        for key, part in host.parts_of(name):
+        every = host.parts_of(name)
+        for i, (key, part) in enumerate(every):
             if isinstance(part, (Copy, Bias, Whole)):
                 continue
-            front = f"adapters.{name}.{key}"
+            front, inside = f"adapters.{name}.{key}", ""
             if isinstance(part, Tied):
+                beneath = any(not isinstance(other, (Tied, Copy)) for _, other in every[i + 1 :])
+                inside = "base_layer." if beneath else ""
                 turned, part, front = part.transposed, part.source[0], ""
                 if turned and not isinstance(part, Tokens):
                     continue
             rows = isinstance(part, Tokens)
-            wrapper = TOKENS if rows and part.prefix else part.prefix.rstrip(".")
+            wrapper = f"{inside}{TOKENS}" if rows and part.prefix else part.prefix.rstrip(".")
             known = kinds_of("TRAINABLE_TOKENS") if rows else kinds
             fronts = {id(part): front, id(part.shared): _place(host, name, part.shared)}
             for k, home, tensor in (*_tensors(part), *_common(part, known)):
@@ -225,10 +228,12 @@ class _Builder:
 
     def node(self, path: str) -> nn.Module:
         """A wrapper that PEFT has below the layer, or the user's own module there."""
-        if path not in self.wrappers:
+        rows = f"{path}.{TOKENS}"
+        if path not in self.wrappers and rows not in self.wrappers:
             return self.bare(path)
         wrapper = Shown()
-        wrapper._modules.update(self.wrapped(path))
+        children = self.wrapped(path) if path in self.wrappers else {TOKENS: self.node(rows)}
+        wrapper._modules.update(children)
         return wrapper
 
     def wrapped(self, path: str) -> dict[str, nn.Module]:
@@ -256,7 +261,7 @@ class _Builder:
 
     def kinds(self, path: str) -> dict[str, str]:
         """The containers that PEFT's layers of these methods always have."""
-        if path == TOKENS:
+        if path.endswith(TOKENS):
             return {}
         configs = self.host.switch.configs
         methods = {configs[e.adapter].method for e in self.wrappers[path] if e.adapter in configs}

@@ -239,7 +239,8 @@ def extract(
     from ..engine.switch import Switch
     from ..methods.lora_config import LoraConfig
     from ..updates.convert import differences
-    from ..updates.sites import Trained, Updates, insert
+    from ..updates.sites import Updates, insert
+    from ..updates.whole import Trained
     from .peft_model import PeftModel
 
     updates, left, done = differences(base, tuned, rank, energy)

@@ -86,27 +86,34 @@ def _prefix(target: Target, targets: list[Target]) -> str:
 def _ties(offer: Offer, config: TargetConfig, slots: list[Slot]) -> list[Slot]:
     """Where an adapter acts at both ends of a tied weight, a part that refers to the first end.
 
-    Trained tokens always do. What sits at the input embedding also acts at the embeddings that are
-    tied to it, since models such as T5 call only those.
+    Trained tokens always do, beneath what the method does at that end, as in PEFT. What sits at the
+    input embedding also acts at the embeddings that are tied to it, since models such as T5 call
+    only those.
     """
     wished = getattr(config, "ensure_weight_tying", False)
     first = offer.first_embedding()
-    taken = {slot.path for slot in slots if slot.level != BENEATH}
+    methods = {slot.path for slot in slots if slot.level == MAIN}
+    above = {slot.path for slot in slots if slot.level == ABOVE}
+    taken: dict[str, str] = {}  # the path whose parts act at an end
     extra = []
     for slot in slots:
         here = offer.modules[slot.path]
         if slot.level == BENEATH or not kind_of(here):
             continue
-        everywhere = wished is not False or slot.key == "trainable_tokens"
+        tokens = slot.key == "trainable_tokens"
+        everywhere = wished is not False or tokens
         for path in offer.ends.get(slot.path, ()):
             end = offer.modules[path]
             called = slot.path == first and isinstance(end, nn.Embedding)
-            if path not in taken and kind_of(end) and (everywhere or called):
-                taken.add(path)
+            free = path not in above | (set() if tokens else methods)
+            if not (free and kind_of(end) and (everywhere or called)):
+                continue
+            if taken.setdefault(path, slot.path) == slot.path:
                 source, turned = (slot.path, slot.key), _turned(here) != _turned(end)
                 saved = everywhere and not slot.prefix  # rows beside a LoRA are saved once
-                tied = Slot(path, "tied", None, "", ABOVE, source, turned, saved)
-                extra.append(tied)
+                key = "tied_tokens" if tokens else "tied"
+                level = BENEATH if path in methods else ABOVE
+                extra.append(Slot(path, key, None, "", level, source, turned, saved))
     if wished and not extra:
         warn("ensure_weight_tying has no effect: no adapter sits at a tied weight")
     return extra

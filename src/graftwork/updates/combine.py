@@ -21,7 +21,8 @@ from ..hooks import UPDATES
 from . import rules
 from .factored import Factored, joined
 from .peft_rules import as_peft
-from .sites import Place, Updates, beside, give, insert, updates_of
+from .sites import MATRIX, Place, Updates, insert, updates_of
+from .whole import NOTHING, TOKENS, asked, gathered, give
 
 SUFFIX = "_svd"
 TYPES = ("linear", "cat", "svd", *(n for n in rules.RULES if n != "linear"))
@@ -54,7 +55,7 @@ def combine(
             raise StateError(f"svd_rank, energy and density are about {UPDATES}; leave them out")
         return _joined(model, switch, adapters, weights, name, how)
     dense, how = how.endswith(SUFFIX), _known(how, density)
-    found = [updates_of(model, switch, n, "weighted") for n in adapters]
+    found = _found(model, switch, adapters)
     if compat == "peft":
         insert(model, switch, name, as_peft(found, weights, how, dense, density, sign, rank), found)
         return {}
@@ -118,7 +119,7 @@ def _joined(
     with torch.no_grad():
         held = [(n, switch.shared.get(n)) for n in adapters]
         config, tensors = configs[0].combined(held, weights, how)
-    found = [updates_of(model, switch, n, "weighted", own=False) for n in adapters]
+    found = _found(model, switch, adapters, own=False)
     saved = _saved(found, weights, how, 1.0, "total")
     if how == "cat" and (twice := [k for k in saved if sum(k in one.whole for one in found) > 1]):
         raise StateError(
@@ -127,12 +128,49 @@ def _joined(
         )
     biases = {one.bias for one in configs} - {"none"}
     bias = "all" if "all" in biases else next(iter(biases), "none")
-    config = replace(config, bias=bias, **beside(saved))
+    config = replace(config, bias=bias, **asked(saved))
     inject(model, config, name, switch, start=False)
     with torch.no_grad():
         switch.shared[name].take(tensors, switch.configs[name])
     give(model, name, saved)
     return {}
+
+
+def _found(
+    model: nn.Module, switch: Switch, adapters: Sequence[str], own: bool = True
+) -> list[Updates]:
+    every = [updates_of(model, switch, n, "weighted", own=own) for n in adapters]
+    _check_ends(adapters, every)
+    whole = gathered(model, [one.whole for one in every])
+    return [replace(one, whole=mine) for one, mine in zip(every, whole, strict=True)]
+
+
+def _check_ends(adapters: Sequence[str], every: Sequence[Updates]) -> None:
+    """Stop where one adapter acts at both ends of a tied weight and another at one of them: a LoRA
+    ties all that it has there, or nothing. Rows of tokens are always tied, beneath a LoRA at the
+    other end.
+    """
+    ends = {pair for one in every for pair in one.ends}
+    for first, last in sorted(ends):
+        kinds = {kind for one in every for kind in one.ends.get((first, last), ())}
+        tokens = {t for one in every for t in one.whole.get((first, TOKENS), NOTHING).tensors}
+        for name, one in zip(adapters, every, strict=True):
+            own = one.whole.get((first, TOKENS), NOTHING).tensors.keys()
+            alone = one.acts(first) - one.ends.get((first, last), set())
+            far = one.acts(last)
+            if kinds == {TOKENS}:
+                far.discard(MATRIX)
+                if tokens <= own:  # which hide what is beneath
+                    alone.discard(MATRIX)
+            if alone or far:
+                others = zip(adapters, every, strict=True)
+                tied = next(n for n, o in others if n != name and (first, last) in o.ends)
+                raise StateError(
+                    f"{name!r} changes {first if alone else last} alone, and {tied!r} also the "
+                    f"other end of the tied weight, {last if alone else first}: one adapter "
+                    f"cannot do both. Make them active together instead: "
+                    f"set_adapter({list(adapters)}), or train all with ensure_weight_tying=True"
+                )
 
 
 def _one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from ..fast.tensors import no_autocast, steady
 from ..methods.lora import LoRA
 from ..methods.lora_config import LoraConfig
 from ..parts.tokens import Tokens
-from ..parts.whole import Bias, Whole
 from .factored import Factored, of_dense
+from .whole import COPY, TOKENS, Trained, asked, give, trained_of
 
+MATRIX = "matrix"
 PADDING = 1.25  # ranks are made equal by zeros where that costs no more than this factor
 
 
@@ -44,14 +45,6 @@ class Place:
         return self.path if self.parameter == "weight" else f"{self.path}.{self.parameter}"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Tensors that are trained as a whole, and what they were."""
-
-    tensors: dict[str, Tensor]
-    base: dict[str, Tensor]
-
-
 @dataclass
 class Updates:
     """One adapter as updates.
@@ -61,7 +54,8 @@ class Updates:
         places: the matrices that it changes.
         scales: the factor inside B of a LoRA.
         whole: what it trains as a whole, by path and key.
-        tied: whether it acts at both ends of a tied weight.
+        tied: whether it acts at both ends of a tied weight, and its config has to say so.
+        ends: which of what it does at a path it does at another too, the tied end.
     """
 
     config: Any
@@ -69,6 +63,12 @@ class Updates:
     scales: dict[Place, float] = field(default_factory=dict)
     whole: dict[tuple[str, str], Trained] = field(default_factory=dict)
     tied: bool = False
+    ends: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+
+    def acts(self, path: str) -> set[str]:
+        """The ways in which it changes a layer: ``matrix``, ``copy``, ``trainable_tokens``."""
+        whole = {key for at, key in self.whole if at == path and key in (COPY, TOKENS)}
+        return whole | {MATRIX for place in self.places if place.path == path}
 
 
 @torch.no_grad()
@@ -88,14 +88,22 @@ def updates_of(
         StateError: an update cannot be written as a matrix; the text says why.
     """
     found = Updates(switch.configs[name])
+    sources = {
+        id(p): (path, key) for path, h in hosts(model).items() for key, p in h.parts_of(name)
+    }
     for path, host in hosts(model).items():
+        beside = [part for _, part in host.parts_of(name)]
         for key, part in host.parts_of(name):
             if how := parts_in([host.base_layer, part]):
                 raise in_parts(path, how, "combined or converted")
             if isinstance(part, Tied):
                 found.tied |= part.saved
+                source, key = sources[id(part.source[0])]
+                kind = key if key in (COPY, TOKENS) else MATRIX
+                found.ends.setdefault((source, path), set()).add(kind)
                 continue  # the first end has the tensors
-            if not _own(found.config, host, key) and (trained := _trained(host, part)) is not None:
+            own_kind = _own(found.config, host, key)
+            if not own_kind and (trained := trained_of(host, key, part)) is not None:
                 found.whole[path, key if part.instead() is None else "copy"] = trained
                 continue
             if not own:
@@ -105,7 +113,9 @@ def updates_of(
             site = host.need_site(key)
             place = Place(path, site.parameter)
             with no_autocast(host.base_layer), steady([part]):
-                found.places[place] = _update(part, site, rank, energy)
+                update = _seen(_update(part, site, rank, energy), part, beside)
+            # of no rank is what AdaLoRA has pruned: an update of zeros like any other
+            found.places[place] = update.padded(1) if update.rank == 0 else update
             found.scales[place] = float(part.scale)
     return found
 
@@ -116,6 +126,19 @@ def _own(config: Any, host: Host, key: str) -> bool:
     if site is None:
         return False
     return key == config.method.lower() or (key.startswith(PARAM) and site.raw.ndim > 1)
+
+
+def _seen(update: Factored, part: Adapter, beside: Sequence[Any]) -> Factored:
+    """What of an update is not in the rows of tokens that its adapter trains above it."""
+    for other in beside:
+        if isinstance(other, Tokens) and other is not part:
+            a, b = update.a.clone(), update.b.clone()
+            if other.columns:
+                a[..., other.indices] = 0
+            else:
+                b[other.indices] = 0
+            update = replace(update, a=a, b=b)
+    return update
 
 
 def _update(part: Adapter, site: Site, rank: int | None, energy: float | None) -> Factored:
@@ -135,24 +158,6 @@ def _update(part: Adapter, site: Site, rank: int | None, energy: float | None) -
     change = bias if b is None or bias is None else bias - b
     changed = change is not None and bool(change.abs().max() > 0)
     return Factored(update.a, update.b, change if changed else None)
-
-
-def _trained(host: Host, part: Adapter) -> Trained | None:
-    if (module := part.instead()) is not None:
-        own = {n: t.detach() for n, t in module.state_dict().items()}
-        return Trained(own, {n: host.pristine(n).detach() for n in own})
-    if isinstance(part, Bias):
-        return Trained({"bias": part.bias.detach()}, {"bias": part.origin})
-    if isinstance(part, Whole):
-        (name,) = part.keys.values()
-        return Trained({name: part.value.detach()}, {name: part.site.raw.detach()})
-    if isinstance(part, Tokens):
-        site = host.need_site("trainable_tokens")
-        table = site.weight.mT if part.columns else site.weight
-        ids = [str(i) for i in part.indices.tolist()]
-        rows = dict(zip(ids, part.rows.detach(), strict=True))
-        return Trained(rows, {i: table[int(i)].to(part.dtype) for i in ids})
-    return None
 
 
 def insert(
@@ -193,17 +198,6 @@ def insert(
     give(model, name, values)
 
 
-@torch.no_grad()
-def give(
-    model: nn.Module, name: str, values: Mapping[tuple[str, str], Mapping[str, Tensor]]
-) -> None:
-    """Let an adapter take what is trained as a whole."""
-    for path, host in hosts(model).items():
-        for key, part in host.parts_of(name):
-            if (path, key) in values and not isinstance(part, Tied):
-                _give(part, values[path, key])
-
-
 def _absorbed(
     model: nn.Module,
     places: Mapping[Place, Factored],
@@ -233,15 +227,6 @@ def _absorbed(
             own = change[..., int(token)] if isinstance(site, Embedding) else change[int(token)]
             rows[token] = rows[token] + own  # type: ignore[index]
     return left, new
-
-
-def beside(saved: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a config that ask for what is trained as a whole."""
-    tokens = {path: sorted(map(int, saved[path, k])) for path, k in saved if "tokens" in k}
-    return {
-        "modules_to_save": [path for path, key in saved if key == "copy"] or None,
-        "trainable_token_indices": tokens or None,
-    }
 
 
 def _levelled(places: Mapping[Place, Factored]) -> dict[Place, Factored]:
@@ -290,26 +275,24 @@ def _config(
         target_parameters=[p.name for p in places if p.parameter != "weight"] or None,
         lora_bias=shifts,
         overrides={re.escape(path): {"lora_bias": False} for path in bare},
-        **beside(saved),
+        **asked(saved),
         bias=("all" if "all" in biases else "lora_only") if biases else "none",
         ensure_weight_tying=any(one.tied for one in found),
         layer_replication=getattr(first, "layer_replication", None),
     )
 
 
+def _alive(update: Factored) -> Tensor:
+    """A with LoRA's start in the directions of zeros: where both factors are 0, nothing trains."""
+    dead = (update.a == 0).all(-1) & (update.b == 0).all(-2)
+    bound = update.a.shape[-1] ** -0.5  # as kaiming_uniform_(a=sqrt(5))
+    drawn = torch.rand(update.a.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(dead[..., None], ((2 * drawn - 1) * bound).to(update.a), update.a)
+
+
 def _fill(part: LoRA, site: Site, update: Factored) -> None:
-    a, b = site.from_factors(update.a, update.b / part.scale)
+    a, b = site.from_factors(_alive(update), update.b / part.scale)
     part.A.copy_(a)
     part.B.copy_(b)
     if part.bias is not None:
         part.bias.zero_() if update.bias is None else part.bias.copy_(update.bias / part.scale)
-
-
-def _give(part: Adapter, values: Mapping[str, Tensor]) -> None:
-    if (module := part.instead()) is not None:
-        module.load_state_dict(dict(values))
-    elif isinstance(part, Tokens):
-        part.rows.copy_(torch.stack([values[str(i)] for i in part.indices.tolist()]))
-    else:
-        (value,) = values.values()
-        next(part.parameters()).copy_(value)
