@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from record import BIAS, COPIES, FROZEN, ROWS, Record, frozen
+from record import BIAS, COPIES, FROZEN, ROWS, TIED, Record, frozen
 from torch import Tensor, nn
 from torch.func import functional_call
 from zoo import IDS, PATHS, Net
@@ -30,8 +30,9 @@ class Refused(Exception):  # noqa: N818 - what the library must answer with one 
 class Reference:
     """The state of a model with adapters, and what its operations do to it."""
 
-    def __init__(self, base: dict[str, Tensor], trainable: set[str]) -> None:
+    def __init__(self, base: dict[str, Tensor], trainable: set[str], tied: bool) -> None:
         self.base, self.trainable, self.base_id = base, trainable, 0
+        self.tied = tied  # whether the head has the weight of the embedding
         first = next(iter(base.values())).dtype
         self.dtype = torch.float32 if first == torch.bfloat16 else first
         self.net = (
@@ -137,10 +138,12 @@ class Reference:
         if self.merged:
             raise Refused("adapters are merged")
         first = not self.adapters
-        self.adapters[name] = record
+        self.adapters[name], record.tied = record, self.tied
         if first:
             self.active = self.chosen = (name,)
         record.trains = first and not record.inference
+        if getattr(record.config, "ensure_weight_tying", False) and not self.tied:
+            self.warns.append("ensure_weight_tying has no effect")
         self.wrapped = True
 
     def choose(self, names: Sequence[str], inference: bool) -> None:
@@ -249,6 +252,8 @@ class Reference:
             why += ["prompts of one length"] * (how == "linear" and len(sizes) > 1)
         elif not matrices:
             why += ["no LoRA in it"]
+        if self.apart(every):
+            why += ["the other end of the tied weight"]
         if why:
             raise Refused("|".join(why))
         base = {k: t.to(self.dtype) for k, t in self.base.items()}
@@ -264,10 +269,25 @@ class Reference:
                     total[key] = total.get(key, torch.zeros_like(value)) + weight * (value - before)
         return total
 
+    @staticmethod
+    def apart(every: Sequence[Record]) -> bool:
+        """Whether some change both ends of the tied weight and others change one of them."""
+        both = set().union(*(record.both for record in every))
+        ids = set().union(*(r.ids("embed") for r in every if "rows" in r.both))
+        for record in every if both else ():
+            one, other = record.ways("embed") - record.both, record.ways("head")
+            if both == {"rows"}:  # which are beneath what is at the head
+                other -= {"matrix"}
+                if ids <= record.ids("embed"):  # and hide what is at the embedding
+                    one -= {"matrix"}
+            if one or other:
+                return True
+        return False
+
     def whole(self, name: str, path: str) -> bool:
         """Whether all that an adapter does at a path is in place of what is there."""
         keys = self.adapters[name].at[path].keys() - set(FROZEN)
-        return all(key in (*COPIES, BIAS, ROWS) for key in keys)
+        return all(key in (*COPIES, BIAS, ROWS, TIED) for key in keys)
 
     def saved(self, names: Sequence[str] | None) -> None:
         """``save_pretrained``."""
@@ -299,7 +319,12 @@ class Reference:
             if record.trains:
                 own = {k: t.clone().to(self.dtype) for k, t in record.tensors.items()}
                 leaves[name] = {k: t.requires_grad_() for k, t in own.items() if not frozen(k)}
-                values[name] = Record(record.label, record.config, tensors=own, version=-1)
+                for key, (first, turned) in record.shared.items():
+                    leaves[name].pop(key)
+                    own[key] = own[first].T if turned else own[first]
+                values[name] = Record(
+                    record.label, record.config, tensors=own, version=-1, tied=record.tied
+                )
         y = self.run(self.weights(None, values))
         if not y.requires_grad:
             return None

@@ -80,6 +80,16 @@ SEQUENCES: dict[str, list[Op]] = {
         ("attach", "lora_embedding", "a", False), ("add", "lora_tokens", "b", False),
         ("combine", ["a", "b"], [1.0, 0.5], "c", "cat"), ("choose", ["c"], False),
     ],
+    "C1: a step in eval() after a forward of others": [
+        ("attach", "prompt", "a", False), ("combine", ["a"], [0.5], "b", "linear"),
+        ("mode", True), ("choose", ["a", "b"], False), ("rows", ["a", "__base__", "b", "a"]),
+        ("mode", False), ("choose", ["b"], False), ("require", ["a"], True), ("train", 788),
+    ],
+    "A9: a step while some of a schedule's layers are merged": [
+        ("attach", "hra", "a", False), ("add", "adalora", "b", False),
+        ("choose", ["b", "a"], False), ("train", 48), ("add", "ln_tuning", "c", False),
+        ("merge", None, True), ("choose", ["c", "b"], False), ("train", 100),
+    ],
     "E3: combined with a bias of what another copies": [
         *HEADS, ("combine", ["b", "a"], [-0.5, 1.0], "c", "linear"), ("choose", ["c"], False),
     ],
@@ -119,6 +129,32 @@ def test_an_adapter_whose_triplets_are_all_pruned_somewhere_is_combined() -> Non
         ("attach_saved", "s0", "weight", "keys", True), ("load", "s0", "aa", "a", False),
         ("combine", ["a", "keys"], [0.5, 0.5], "lora_A", "linear"),
     )  # fmt: skip
+
+
+TIED: dict[str, list[Op]] = {
+    "C4: a copy at a tied end hides another": [
+        ("attach", "lora_saving_tied", "a", False), ("add", "lokr", "b", False),
+        ("using", ["a", "b"]), ("using", ["b", "a"]), ("merge", ["b", "a"], True),
+    ],
+    "F7: both ends swapped when the tie is gone": [
+        ("attach", "tokens", "a", False), ("add", "ia3_head", "b", False),
+        ("merge", ["b"], False), ("save", "s", ["a"]), ("train", 1), ("swap", "s", "a", "a"),
+    ],
+    "F7: both ends swapped": [
+        ("attach", "lora_tied", "a", False), ("save", "s", ["a"]), ("train", 1),
+        ("swap", "s", "a", "a"), ("train", 2), ("merge", ["a"], True), ("finish", ["a"]),
+    ],
+    "A5: tokens beneath a LoRA at the other end": [
+        ("attach", "lora_over_tokens", "a", False), ("train", 1), ("save", "s", ["a"]),
+        ("load", "s", "a", "b", True), ("merge", ["a"], True), ("unmerge",), ("finish", ["a"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", faults(TIED))
+def test_a_sequence_at_a_tied_weight_that_once_failed(name: str) -> None:
+    for seed in (3, 7, 11):  # in each dtype
+        replay(seed, *TIED[name])
 
 
 @pytest.mark.parametrize("name", faults(SEQUENCES))
@@ -165,7 +201,7 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.fault("C3")
 def test_a_thousand_come_and_go_and_leave_nothing() -> None:
-    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["q_proj"]), "stays")
+    model = get_peft_model(Net(tied=True), LoraConfig(r=2, target_modules=["q_proj"]), "stays")
 
     def held() -> tuple[Any, ...]:
         gc.collect()

@@ -103,6 +103,8 @@ class World(Ground):
         if (file := self.files.get((slot, old))) is None:
             raise Refused("there is no folder|so it is no adapter folder")
         record = Record(file.label, file.config, inference=not trainable)
+        if record.ties and file.tied != self.reference.tied:
+            raise Refused("")
         self.reference.enter(name, record)
         record.take(file.tensors)
         record.steps = file.steps if trainable and file.resumes else 0
@@ -219,7 +221,7 @@ class World(Ground):
             tensors = load_file(self.path(slot, name) / "adapter_model.safetensors")
             same_bits(plain(tensors), record.tensors, f"the file of {name!r}")
             file = Record(record.label, copy.deepcopy(self.model.peft_config[name]))
-            file.tensors, file.room = record.tensors, record.room
+            file.tensors, file.room, file.tied = record.tensors, record.room, record.tied
             stepped = record.trains or record.steps
             file.resumes = record.config.method == "ADALORA" and bool(stepped)
             file.steps = record.steps
@@ -286,6 +288,11 @@ class World(Ground):
             for key, tensor in self.model.state_dict().items():
                 self.near(tensor, base[key], f"{key} after merge_and_unload")
                 base[key] = tensor.detach().clone()
+            if self.reference.tied and not torch.equal(base["embed.weight"], base["head.weight"]):
+                self.reference.tied = False
+                self.reference.trainable |= {"head.weight"} & {
+                    n.replace("embed", "head") for n in self.reference.trainable
+                }
 
     def set_bare(self, call: str, **options: Any) -> None:
         self.model = getattr(self.model, call)(**options)

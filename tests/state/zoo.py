@@ -15,15 +15,18 @@ IDS = torch.tensor([[1, 3, 3], [0, 7, 2], [4, 5, 1], [6, 2, 5]])
 
 class Net(nn.Module):
     """An embedding, the mean over the tokens, a gated block whose first two layers share their
-    input, a norm, a head; outputs of the last three tokens.
+    input, a norm, a head; outputs of the last three tokens. ``tied``: the head has the weight of
+    the embedding.
     """
 
-    def __init__(self, bias: bool = False) -> None:
+    def __init__(self, bias: bool = False, tied: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(8, 6)
         self.q_proj, self.k_proj = nn.Linear(6, 4), nn.Linear(6, 4)
         self.down_proj = nn.Linear(4, 6, bias=bias)
         self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 8)
+        if tied:
+            self.head.weight = self.embed.weight
 
     def forward(
         self,
@@ -60,6 +63,15 @@ ZOO: dict[str, Callable[[], Any]] = {
     "lora_tokens": kind(gw.LoraConfig, ["k_proj"], r=2, trainable_token_indices=[1, 3]),
     "lora_under_tokens": kind(
         gw.LoraConfig, ["embed", "q_proj"], r=2, trainable_token_indices=[2, 5]
+    ),
+    "lora_tied": kind(
+        gw.LoraConfig, ["embed", "q_proj"], r=2, lora_alpha=3, ensure_weight_tying=True
+    ),
+    "lora_saving_tied": kind(
+        gw.LoraConfig, ["k_proj"], r=1, modules_to_save=["embed"], ensure_weight_tying=True
+    ),
+    "lora_over_tokens": kind(
+        gw.LoraConfig, ["head", "k_proj"], r=1, trainable_token_indices=[1, 6]
     ),
     "lora_biases": kind(gw.LoraConfig, ["k_proj", "head"], r=1, bias="lora_only"),
     "pissa": kind(gw.LoraConfig, ["k_proj", "head"], r=2, init_lora_weights="pissa"),

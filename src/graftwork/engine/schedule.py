@@ -9,7 +9,7 @@ optimizer's step was seen, training stops with an error instead of going on with
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,14 @@ class Schedule:
         self.__dict__.update(state)
         self.watch()
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that may train."""
+        parts = (part for a in self.adapters.values() for part in (a, a.shared) if part is not None)
+        return (p for part in parts for p in part.parameters())
+
     def first(self) -> Tensor | None:
         """A tensor that trains, by which the others are watched."""
-        parts = [part for a in self.adapters.values() for part in (a, a.shared) if part is not None]
-        return next((p for part in parts for p in part.parameters() if trains(p)), None)
+        return next(filter(trains, self.tensors()), None)
 
     def penalty(self) -> Tensor | None:
         """The term of the loss, noted as delivered when its gradient is computed."""
@@ -124,12 +128,9 @@ class Schedule:
 
 
 def _held(optimizer: Optimizer) -> list[Schedule]:
-    if not _LIVE:
-        return []
-    held = {
-        id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    }
-    return [s for s in _LIVE if (first := s.first()) is not None and id(first) in held]
+    groups = optimizer.param_groups if _LIVE else []
+    held = {id(p) for group in groups for p in group["params"] if p.grad is not None}
+    return [s for s in _LIVE if any(id(p) in held for p in s.tensors())]
 
 
 def _before(optimizer: Optimizer, *_: Any) -> None:

@@ -50,6 +50,9 @@ class Tied(Adapter):
             return self.source[0](x, layer)  # type: ignore[no-any-return]
         return self.source[0].forward_transposed(x, layer)
 
+    def hides(self, beneath: Adapter) -> bool:
+        return self.source[0].hides(beneath)
+
     def delta_norm(self, w: Tensor) -> float:
         return self.source[0].delta_norm(w.mT if self.transposed else w)
 

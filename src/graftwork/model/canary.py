@@ -37,7 +37,10 @@ class Canary:
         return {"switch": self.switch, "step": None, "paused": False}
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if not module.training:
+            self.mixed()
             return
         if self.paused or POLICY.effect == "off" or getattr(module, "_is_replica", False):
             return
@@ -80,6 +83,11 @@ class Canary:
             configs = self.switch.configs.items()
             if proven(self.switch, [n for n, config in configs if not config.inference_mode]):
                 remove(module, self)
+
+    def mixed(self) -> None:
+        """A forward in eval() whose gradients would be taken for those of the one before."""
+        if self.step is not None and not self.step.settled and not self.step.inside:
+            self.drop()
 
     def drop(self) -> None:
         """Forget what was seen of a step."""

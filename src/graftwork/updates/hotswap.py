@@ -18,13 +18,14 @@ from ..engine.adapter import Adapter, Part
 from ..engine.host import Host
 from ..engine.inject import build, switch_of
 from ..engine.switch import Switch
+from ..engine.ties import Tied
 from ..engine.tree import hosts
 from ..errors import FileError, StateError, warn
 from ..files import codec
 from ..files.intact import intact
 from ..methods.lora import LoRA
 from ..targets.offer import Offer
-from ..targets.plan import plan
+from ..targets.plan import Key, Slot, plan
 
 # what may differ: it is in tensors, says where the adapter sits, or matters in training alone
 FREE = set(
@@ -99,6 +100,7 @@ def swap(
         raise StateError(f"{name!r} is merged: unmerge_adapter() before it is hot-swapped")
     config = copy.deepcopy(config)
     slots = plan(Offer(model), config)
+    slots += _loose_ends(model, name, {(slot.path, slot.key) for slot in slots})
     built = build(model, slots, config, switch, start=False, autocast=True)
     owned = _owned(built, config)
     report, found = codec.compare(model, owned, tensors)
@@ -127,6 +129,20 @@ def refresh(model: nn.Module, name: str) -> None:
         for key, part in [p for other in names for p in host.parts_of(other)]:
             if part.reads and name in host.adapters:
                 part.derive(host.need_site(key))
+
+
+def _loose_ends(model: nn.Module, name: str, planned: set[Key]) -> list[Slot]:
+    """The tied ends at which the adapter acts although the weights are two now: another adapter has
+    been merged into one of them.
+    """
+    here = {(p, k): part for p, h in hosts(model).items() for k, part in h.parts_of(name)}
+    places = {id(part): place for place, part in here.items()}
+    return [
+        Slot(path, key, None, source=places[id(part.source[0])],
+             transposed=part.transposed, saved=part.saved)
+        for (path, key), part in here.items()
+        if isinstance(part, Tied) and (path, key) not in planned
+    ]  # fmt: skip
 
 
 def _owned(built: Any, config: TargetConfig) -> list[codec.Owned]:

@@ -99,7 +99,8 @@ def updates_of(
             if isinstance(part, Tied):
                 found.tied |= part.saved
                 source, key = sources[id(part.source[0])]
-                kind = key if key in (COPY, TOKENS) else MATRIX
+                own_kind = _own(found.config, host, key)
+                kind = MATRIX if own_kind or key not in (COPY, TOKENS) else key
                 found.ends.setdefault((source, path), set()).add(kind)
                 continue  # the first end has the tensors
             own_kind = _own(found.config, host, key)
