@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..fast import choose
 from ..fast.shards import readable_now
-from ..fast.tensors import lasting, stay
+from ..fast.tensors import Staying, kept, lasting
 from .site import Site
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ class Part(nn.Module):
         super().__init__()
         self.seen: dict[str, Tensor] = {}  # what a schedule remembers from step to step
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "_hf_hook":  # accelerate's: it offloads, and brings back for a forward alone
-            stay(self)
+    _hf_hook = Staying()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,7 +133,8 @@ class Adapter(Part):
             number = isinstance(value, (float, int))
             held = torch.tensor(value, dtype=torch.float32, device="cpu") if number else None
             self.__dict__["held_scale"] = held
-        super().__setattr__(name, value)
+        if not kept(self, name, value):
+            super().__setattr__(name, value)
 
     def __init_subclass__(cls, config: type[Any] | None = None, **kwargs: Any) -> None:
         """An adapter's class; ``config``: the class of configs that ask for it."""

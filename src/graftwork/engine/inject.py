@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
-from ..fast.shards import readable
+from ..fast.shards import readable, sharding
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
@@ -138,7 +139,7 @@ def build(
             if start:
                 shared.start()
             shared.to(dtype)
-    built = Built({}, shared)
+    built, parted = Built({}, shared), sharding(modules.values())
     for device, group in itertools.groupby(places, lambda place: device_of(place[1].base_layer)):
         with making(device):
             for slot, host in group:
@@ -146,9 +147,9 @@ def build(
                     source = built.parts[slot.source][1]
                     part: Adapter = Tied(source, slot.transposed, slot.saved)
                 else:
-                    with readable(inside(host), host.path):
+                    with readable(inside(host), host.path) if parted else nullcontext():
                         part = _make(slot, host, shared, start=start, autocast=autocast)
-                part.prefix, part.times = slot.prefix, slot.times if part.linear else 1.0
+                vars(part).update(prefix=slot.prefix, times=slot.times if part.linear else 1.0)
                 built.parts[slot.path, slot.key] = host, part
     for slot in sorted(slots, key=lambda slot: slot.level):  # a tied end may be beneath the rest
         built.parts[slot.path, slot.key] = built.parts.pop((slot.path, slot.key))

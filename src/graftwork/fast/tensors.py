@@ -70,6 +70,9 @@ def unwritable(owner: nn.Module, weight: Tensor) -> str:
     return ""
 
 
+VALUES = frozenset((bool, int, float, str, tuple))
+
+
 def stay(module: nn.Module) -> None:
     """Bring a module's own tensors back from where they are offloaded to, for good: whoever reads
     them does not run its forward.
@@ -83,6 +86,36 @@ def stay(module: nn.Module) -> None:
                 parameter = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(here, tensor.requires_grad) if parameter else here
     hook.offload = False
+
+
+def kept(module: nn.Module, name: str, value: Any) -> bool:
+    """Set an attribute that is a plain value, as ``nn.Module`` does, without its many questions: an
+    adapter has a dozen at each layer. False: it is for ``nn.Module``.
+    """
+    own = module.__dict__
+    tables = own["_parameters"], own["_buffers"], own["_modules"]
+    if type(value) not in VALUES or name in tables[0] or name in tables[1] or name in tables[2]:
+        return False
+    object.__setattr__(module, name, value)
+    return True
+
+
+class Staying:
+    """accelerate's hook of a module, which offloads its tensors and brings them back for a forward
+    alone: where it is set, they stay.
+    """
+
+    def __get__(self, module: Any, kind: type | None = None) -> Any:
+        if module is None or "_hf_hook" not in module.__dict__:
+            raise AttributeError("_hf_hook")
+        return module.__dict__["_hf_hook"]
+
+    def __set__(self, module: Any, hook: Any) -> None:
+        module.__dict__["_hf_hook"] = hook
+        stay(module)
+
+    def __delete__(self, module: Any) -> None:
+        del module.__dict__["_hf_hook"]
 
 
 def settled(module: nn.Module) -> nn.Module:

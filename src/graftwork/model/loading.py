@@ -100,6 +100,9 @@ class Loader:
         self.key_mapping, self.allow_pickle = key_mapping, bool(options.get("allow_pickle"))
         self.reading: Reading | None = None  # another one than as it is
         self.reason = ""  # why there is none
+        self.compared: Any = (
+            None  # how it fits the adapter that is being filled, where that is known
+        )
         settled(self.source.at, partial(self._read, config, is_trainable))
 
     def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
@@ -178,8 +181,9 @@ class Loader:
             raise
 
     def _fits(self, base: nn.Module, parts: list[codec.Owned]) -> bool:
-        report, _ = codec.compare(base, parts, self.tensors, self.key_mapping)
+        report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
         if report.ok or self.key_mapping:
+            self.compared = (report, found) if report.ok else None
             return report.ok
         return self._aligned(base, parts, quiet=True) is not None
 
@@ -216,7 +220,8 @@ class Loader:
             self._check_same(model.peft_config[name])
         parts = codec.owned(base, name, self.file_config) if parts is None else parts
         with codec.whole(base, parts, write=True):
-            report, found = codec.compare(base, parts, self.tensors, self.key_mapping)
+            compared, self.compared = self.compared, None
+            report, found = compared or codec.compare(base, parts, self.tensors, self.key_mapping)
             if not report.ok and not (self.key_mapping or self.training or self.reading):
                 report, found = self._aligned(base, parts) or (report, found)
             if self.reading is not None:

@@ -54,7 +54,8 @@ class Match:
         config.settle(self.offer.model_type, [t.path for t in kept])
         for field in [*config.PATTERNS, "overrides"]:
             known = patterns(*(getattr(config, field) or ()))
-            found_at = (known.meaning(t.path, t.parameter or "weight") for t in kept)
+            those = kept if known.keys else []
+            found_at = (known.meaning(t.path, t.parameter or "weight") for t in those)
             self._need(field, kept, set(chain.from_iterable(found_at)))
         for field in config.SUBSETS:
             wanted = getattr(config, field) or ()
