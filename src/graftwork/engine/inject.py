@@ -15,7 +15,7 @@ from torch import nn
 from ..config import PeftConfig, TargetConfig
 from ..errors import StateError, TargetError, warn
 from ..fast.pause import uncollected
-from ..fast.shards import readable, sharding
+from ..fast.shards import may_be_parted, readable
 from ..fast.tensors import device_of, dtype_of, is_all, making, to_meta
 from ..targets.names import check_name as check_name
 from ..targets.offer import Offer
@@ -139,7 +139,7 @@ def build(
             if start:
                 shared.start()
             shared.to(dtype)
-    built, parted = Built({}, shared), sharding(modules.values())
+    built, parted = Built({}, shared), may_be_parted([*map(inside, modules.values())])
     for device, group in itertools.groupby(places, lambda place: device_of(place[1].base_layer)):
         with making(device):
             for slot, host in group:

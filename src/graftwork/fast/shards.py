@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,10 +55,18 @@ def gather(name: str, tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+PLANS = ("_hf_tp_plan", "_tp_info")  # how transformers marks modules that are tensor parallel
+
+
+def may_be_parted(modules: Sequence[nn.Module]) -> bool:
+    """Whether to look at each of these modules before it is adapted."""
+    return sharding(modules) or any(n in module.__dict__ for module in modules for n in PLANS)
+
+
 def parts_in(modules: Iterable[nn.Module]) -> str | None:
     """What modules hold in parts, in words; None where it is nothing."""
     for module in modules:
-        plan = getattr(module, "_hf_tp_plan", None) or getattr(module, "_tp_info", None)
+        plan = next(filter(None, (getattr(module, name, None) for name in PLANS)), None)
         if plan:
             return f"the module is tensor parallel ({plan})"
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
