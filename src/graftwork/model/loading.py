@@ -100,9 +100,7 @@ class Loader:
         self.key_mapping, self.allow_pickle = key_mapping, bool(options.get("allow_pickle"))
         self.reading: Reading | None = None  # another one than as it is
         self.reason = ""  # why there is none
-        self.compared: Any = (
-            None  # how it fits the adapter that is being filled, where that is known
-        )
+        self.compared: Any = None  # how it fits the adapter that is filled, where that is known
         settled(self.source.at, partial(self._read, config, is_trainable))
 
     def _read(self, config: PeftConfig | None, is_trainable: bool) -> None:
