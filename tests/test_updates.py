@@ -260,6 +260,13 @@ def test_one_end_of_a_tied_weight_and_both_are_not_one_adapter(
     assert list(model.peft_config) == ["x", "y"]
 
 
+@pytest.mark.fault("A5")
+def test_an_adapter_that_does_both_itself_is_not_one_lora() -> None:
+    model = adapted(LoraConfig(r=2, **SAVED, trainable_token_indices=[3]), model="llama_tied")
+    with pytest.raises(StateError, match=r"'x' changes .* alone, and 'x' also the other end"):
+        model.add_weighted_adapter(["x"], [1.0], "new", "linear")
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -164,7 +164,8 @@ def _check_ends(adapters: Sequence[str], every: Sequence[Updates]) -> None:
                     alone.discard(MATRIX)
             if alone or far:
                 others = zip(adapters, every, strict=True)
-                tied = next(n for n, o in others if n != name and (first, last) in o.ends)
+                also = (n for n, o in others if n != name and (first, last) in o.ends)
+                tied = next(also, name)  # one adapter may do both, in two of its parts
                 raise StateError(
                     f"{name!r} changes {first if alone else last} alone, and {tied!r} also the "
                     f"other end of the tied weight, {last if alone else first}: one adapter "
