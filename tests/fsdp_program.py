@@ -25,8 +25,8 @@ def main(rank: int, port: str) -> None:
     fully_shard(sharded.base_model.model, mesh=mesh)
     leads: list[int] = []
     choose.FEW = 0
-    forward = linear.Leader.forward
-    linear.Leader.forward = staticmethod(lambda *a: (leads.append(1), forward(*a))[1])  # type: ignore
+    forward = linear.Layers.forward
+    linear.Layers.forward = staticmethod(lambda *a: (leads.append(1), forward(*a))[1])  # type: ignore
     for _ in range(2):
         found: list[Any] = []
         for model in (alone, sharded):

@@ -13,13 +13,14 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .bits import Dropped, Mask, Reading, reading
-from .linear import flat, follow, lead, shrink
+from .linear import Work, begin, finish, flat, shrink
 from .plain import traced, watched
 from .plan import Own, Refused, Update, combined, own, rate_of
 from .scale import Scaled
@@ -36,20 +37,21 @@ class Pending:
     call: Call
     x: Tensor  # the input as the layers are given it
     version: int
-    alias: Tensor  # and as the next of them has to take it
-    share: bool
-    rest: list[tuple[LayerHost, Update, Tensor]]  # what is left: the layer, its factors, x A'
+    recorded: bool  # for a backward
+    rest: list[tuple[LayerHost, float, Callable[..., Tensor]]]  # layer, dropout, what gives y
 
-    def take(self, host: LayerHost) -> tuple[Update, Tensor] | None:
-        """What a layer needs of it, which is then no longer left."""
-        for i, (one, update, s) in enumerate(self.rest):
+    def take(self, host: LayerHost) -> tuple[float, Callable[..., Tensor]] | None:
+        """What there is for a layer, which is then no longer left."""
+        for i, (one, rate, ready) in enumerate(self.rest):
             if one is host and self.version == version(self.x):
                 if self.call is not host.switch.current():
+                    return None
+                if self.recorded is not torch.is_grad_enabled():
                     return None
                 del self.rest[i]
                 if not self.rest:
                     STATE.pending = None
-                return update, s
+                return rate, ready
         return None
 
 
@@ -147,8 +149,8 @@ def _run(
     """``dtype``: that of autocast."""
     pending = STATE.pending
     if pending is not None and pending.x is x and (taken := pending.take(host)) is not None:
-        _mask(host, x, x, taken[0].rate)
-        return _follow(pending, *taken, own(host), base)
+        _mask(host, x, x, taken[0])
+        return taken[1](base)
     parts = host.parts(names)
     rate = rate_of(host, parts)
     if isinstance(rate, Refused):
@@ -181,52 +183,75 @@ def _lead(
     several = given.numel() >= FEW * given.shape[-1]
     followers = FOLLOWERS.get(host, ()) if several else ()
     call = host.switch.current()
-    others = _followers(host, followers, update, given, call) if followers else []
+    others = _followers(host, followers, update, given, own, call) if followers else []
     mask = _mask(host, given, x, update.rate) if update.rate else None
-    a = _factors([update]) if not others else _factors([update, *(u for _, u in others)])
-    share = bool(others) and own.w is not None and given.requires_grad and torch.is_grad_enabled()
-    alias = x
-    if own.w is None:
-        found = shrink(mask, x, *a)
-        s, *more = found if others else (found,)
-        y = _onto(x, s, update, own, base)
-    else:
+    if not others and own.w is not None:
         bias = own.bias if update.gain is None else None
-        found = lead(mask, share, update.k, x, own.w, bias, update.b, *a)
-        y, again, *more = found if others else (found, None)
-        alias = x if again is None else again
-        y = finished(y, update, own)
+        y, _ = begin(Work(mask, (update.k,)), x, (own.w,), (bias,), (update.b,), (_factor(update),))
+        return finished(y, update, own)
+    every = [(host, update, own), *others]
+    y, ready = _shrunk(mask, every, x, base) if own.w is None else _layers(mask, every, x)
     if others:
-        rest = [(one, theirs, s) for (one, theirs), s in zip(others, more, strict=True)]
-        STATE.pending = Pending(call, given, version(given), alias, share, rest)
+        rest = [(one, update.rate, how) for (one, *_), how in zip(others, ready, strict=True)]
+        recorded = torch.is_grad_enabled()
+        STATE.pending = Pending(call, given, version(given), recorded, rest)
     return y
 
 
-def _factors(updates: list[Update]) -> list[Tensor]:
-    return [one.a[0] if len(one.a) == 1 else torch.cat(one.a) for one in updates]
+Member = tuple["LayerHost", Update, Own]
+Ready = list[Callable[..., Tensor]]  # what gives the outputs of the others, in their order
 
 
-def _onto(
-    x: Tensor, s: Tensor, update: Update, own: Own, base: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The layer's own output, however it computes it, plus s B'."""
-    if own.w is not None:
-        bias = own.bias if update.gain is None else None
-        y: Tensor = follow(False, update.k, x, s, own.w, bias, update.b)
-    else:
-        y = base(x).to(x.dtype)
-        y = torch.addmm(flat(y), s, update.b.to(x.dtype).t(), alpha=update.k).view(y.shape)
-    return finished(y, update, own)
+def _layers(mask: Mask | None, every: list[Member], x: Tensor) -> tuple[Tensor, Ready]:
+    """The output of the first of layers whose products are computed here."""
+    work = Work(mask, [update.k for _, update, _ in every])
+    w: list[Any] = [own.w for _, _, own in every]
+    bias = [_bias(one) for one in every]
+    b, a = [update.b for _, update, _ in every], [_factor(update) for _, update, _ in every]
+    first, rooms = begin(work, x, w, bias, b, a)
+    ready: Ready = [partial(_follow, work, i, x, y, every[i]) for i, y in enumerate(rooms, 1)]
+    return finished(first, *every[0][1:]), ready
+
+
+def _bias(member: Member) -> Tensor | None:
+    """What is added before a gain would be."""
+    return member[2].bias if member[1].gain is None else None
 
 
 def _follow(
-    pending: Pending, update: Update, s: Tensor, own: Own, base: Callable[[Tensor], Tensor]
+    work: Work,
+    i: int,
+    x: Tensor,
+    y: Tensor | None,
+    member: Member,
+    _: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    if not (pending.share and own.w is not None and pending.rest):
-        return _onto(pending.alias, s, update, own, base)
-    bias = own.bias if update.gain is None else None
-    y, pending.alias = follow(True, update.k, pending.alias, s, own.w, bias, update.b)
-    return finished(y, update, own)
+    """The output of another of them."""
+    w: Any = member[2].w
+    return finished(finish(work, i, x, y, w, _bias(member)), *member[1:])
+
+
+def _shrunk(
+    mask: Mask | None, every: list[Member], x: Tensor, base: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Ready]:
+    """The output of the first of layers that compute their own products by themselves."""
+    found = shrink(mask, x, *[_factor(update) for _, update, _ in every])
+    s, *more = found if len(every) > 1 else (found,)
+    ready: Ready = [
+        partial(_onto, x, one, update) for one, (_, update, _) in zip(more, every[1:], strict=True)
+    ]
+    return _onto(x, s, every[0][1], base), ready
+
+
+def _onto(x: Tensor, s: Tensor, update: Update, base: Callable[[Tensor], Tensor]) -> Tensor:
+    """The layer's own output, however it computes it, plus k s B'."""
+    y = base(x).to(x.dtype)
+    y = torch.addmm(flat(y), s, update.b.to(x.dtype).t(), alpha=update.k).view(y.shape)
+    return finished(y, update, Own(None, None))
+
+
+def _factor(update: Update) -> Tensor:
+    return update.a[0] if len(update.a) == 1 else torch.cat(update.a)
 
 
 def version(x: Tensor) -> int:
@@ -239,10 +264,11 @@ def _followers(
     followers: tuple[weakref.ref[LayerHost], ...],
     update: Update,
     given: Tensor,
+    mine: Own,
     call: Call,
-) -> list[tuple[LayerHost, Update]]:
-    """The layers that will read this input next, and their updates."""
-    found: list[tuple[LayerHost, Update]] = []
+) -> list[Member]:
+    """The layers that will read this input next and compute their product in the same way."""
+    found: list[Member] = []
     for one in followers if call.rows is None else ():
         other: Any = one()
         if other is None or other.switch is not host.switch or getattr(other, "site", None) is None:
@@ -252,8 +278,12 @@ def _followers(
             continue
         parts = other.parts(names)
         rate = rate_of(other, parts)
-        if rate == update.rate and other.site.shape[1] == given.shape[-1]:
-            found.append((other, combined(other, parts, update.rate)))
+        if rate != update.rate or other.site.shape[1] != given.shape[-1]:
+            continue
+        theirs = own(other)
+        alike = mine.w is not None and theirs.w is not None and mine.w.dtype is theirs.w.dtype
+        if alike or (mine.w is theirs.w and not parts[0].scales):
+            found.append((other, combined(other, parts, update.rate), theirs))
     return found
 
 

@@ -2,10 +2,9 @@
 
 The low-rank product is written first and the layer's own is accumulated onto it, in the same pass
 as it is computed; the gradient of the input likewise. D, dropout, is a window of ``bits``. Layers
-that are called one after another with the same input share what depends on it alone: the first one,
-the leader, computes x A' for all, and the gradients of their inputs are accumulated into one tensor
-on the way back: a follower takes the leader's input as its own output, so that autograd runs them
-one after another.
+that are called one after another with the same input are one node: the first of them computes x A'
+for all, and the gradients of their inputs are accumulated into one tensor on the way back. What the
+others give is empty until they are called.
 
 Kept for the backward pass: x, once for all that share it, and x A'. Where x is a product whose
 factors autograd keeps anyhow, as in a gated MLP, it is multiplied again instead. A and B may be in
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bits import Mask
-from .thin import across, narrow
+from .thin import across, narrow, wide
 
 
 def flat(x: Tensor) -> Tensor:
@@ -48,18 +47,6 @@ def dropped(kept: Sequence[Tensor], mask: Mask | None) -> Tensor:
     return x2 if mask is None else mask.times(x2)
 
 
-def output(x: Tensor, s: Tensor, k: float, w: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
-    """x W' + bias + k s B' for x (rows, in), s (rows, r), W (out, in), bias (out,), B (out, r)."""
-    ks = s if k == 1 else s * k
-    low = torch.mm(ks, b.t()) if bias is None else torch.addmm(like(bias, ks.dtype), ks, b.t())
-    return low.addmm_(x, w.t())
-
-
-def shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y (rows, n) as (..., n), by the shape of x (..., m)."""
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
-
-
 def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a dtype; nothing is called where it has that already."""
     return x if x.dtype is dtype else x.to(dtype)
@@ -69,46 +56,43 @@ def join(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Factors (r, in) of several layers in one, in the dtype of the activations."""
     if len(a) == 1:
         return like(a[0], dtype)
-    if all(one.dtype is dtype for one in a):
-        return torch.cat(tuple(a))
+    if a[0].is_cuda or all(one.dtype is dtype for one in a):
+        return like(torch.cat(tuple(a)), dtype)
     rows = sum(one.shape[0] for one in a)
     return torch.cat(tuple(a), out=a[0].new_empty(rows, a[0].shape[1], dtype=dtype))
 
 
-def led(
-    mask: Mask | None,
-    k: float,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    a: Sequence[Tensor],
-) -> tuple[Tensor, Sequence[Tensor], Tensor, Tensor]:
-    """y, x A' of each layer, all A as one, and B, the latter two in the dtype of x."""
-    x2, all_a, b2 = flat(x), join(a, x.dtype), like(b, x.dtype)
-    s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
-    every = s.split_with_sizes([one.shape[0] for one in a], 1) if len(a) > 1 else (s,)
-    return shaped(output(x2, every[0], k, like(w, x.dtype), bias, b2), x), every, all_a, b2
+def turned(b: Tensor, k: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """B' (r, out) in a dtype, and what it is still to be multiplied by: what has to be copied comes
+    with k, and with long rows, which multiply faster.
+    """
+    up = b.t()
+    if up.dtype is dtype:
+        return up, k
+    made = torch.empty(up.shape, dtype=dtype, device=up.device)
+    return (made.copy_(up) if k == 1 else torch.mul(up, k, out=made)), 1.0
+
+
+def split(x: Tensor, ranks: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """x by layers."""
+    return x.split_with_sizes(ranks, dim) if len(ranks) > 1 else (x,)
 
 
 def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, a: Sequence[Tensor]) -> Any:
     """The gradients of the factors A (r, in), from those of x A'."""
-    every = like(across(ds, dropped(kept, mask)), a[0].dtype)
-    return every.split_with_sizes([one.shape[0] for one in a]) if len(a) > 1 else (every,)
+    x, dtype = dropped(kept, mask), a[0].dtype
+    every = wide(ds.t(), x, dtype) if x.is_cuda else like(across(ds, x), dtype)
+    return split(every, [one.shape[0] for one in a])
 
 
 def upper(s: Tensor, g: Tensor, k: float, b: Tensor) -> Tensor:
-    """The gradient k g' s of B (out, r), in the layout that reads g (rows, out) as it lies."""
-    db = across(s, g).t()
-    return like(db if k == 1 else db * k, b.dtype)
-
-
-def into(dx: Tensor | None, ds: Tensor, a: Tensor, mask: Mask | None) -> Tensor:
-    """The gradient of the input by way of A, added to dx (rows, in) in place."""
-    if dx is None:
-        dx = ds @ a
-        return dx if mask is None else mask.times_(dx)
-    return dx.addmm_(ds, a) if mask is None else mask.add_(dx, ds @ a)
+    """The gradient k g' s of B (out, r), from g (rows, out) and s (rows, r)."""
+    if g.is_cuda:  # whose products take any layout
+        db = wide(g.t(), s, b.dtype)
+        return db if k == 1 else db.mul_(k)
+    db = across(s, g)  # the layout that reads g as it lies
+    db = (db if k == 1 else db.mul_(k)).t()
+    return db if b.dtype is db.dtype else torch.empty_like(b).copy_(db)
 
 
 def gathered(parts: Sequence[Tensor | None], ranks: list[int], n: int, like: Tensor) -> Tensor:
@@ -121,136 +105,152 @@ def gathered(parts: Sequence[Tensor | None], ranks: list[int], n: int, like: Ten
     return torch.cat(filled, 1)
 
 
-class Leader(torch.autograd.Function):
-    """The first layer, or the only one, that reads an input.
+class Work:
+    """What the products of layers that read one input, or of a single one, have in common.
 
-    ``apply(mask, share, k, x, w, bias, b, *a)``: ``share``, whether the next layers take the input
-    from this one; ``a``, the factors A (r, in) of all of them. It gives y, and where there are
-    several A, the input and x A' for the others.
+    Args:
+        mask: of dropout.
+        k: of each layer.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        mask: Mask | None,
-        share: bool,
-        k: float,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        b: Tensor,
-        *a: Tensor,
-    ) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.mask, ctx.k, ctx.ranks = mask, k, [one.shape[0] for one in a]
-        y, (own, *others), all_a, b2 = led(mask, k, x, w, bias, b, a)
-        kept = sources(x) if any(ctx.needs_input_grad[6:]) else ()
-        ctx.save_for_backward(own, w, b, all_a, b2, *a, *kept)
+    __slots__ = ("apart", "k", "mask", "recorded", "s", "up", "x")
+
+    def __init__(self, mask: Mask | None, k: Sequence[float]) -> None:
+        self.mask, self.k, self.recorded = mask, k, torch.is_grad_enabled()
+        self.x: Tensor  # (rows, in)
+        self.s: Sequence[Tensor]  # x A' of each layer, (rows, r)
+        self.up: Sequence[Tensor]  # B' of each layer, (r, out)
+        self.apart: Sequence[float]  # what is left of each k
+
+    def begin(self, x: Tensor, b: Sequence[Tensor], a: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute what all need; gives x A' and A of all as one, in the dtype of x (..., in)."""
+        x2, dtype, mask = flat(x), x.dtype, self.mask
         if len(a) == 1:
-            return y
-        return y, x.view_as(x) if share else None, *others
+            all_a, (up, apart) = like(a[0], dtype), turned(b[0], self.k[0], dtype)
+            s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
+            self.x, self.s, self.up, self.apart = x2, (s,), (up,), (apart,)
+            return s, all_a
+        all_a = join(a, dtype)
+        s = narrow(x2 if mask is None else mask.times(x2), all_a.t())
+        self.s = s.split_with_sizes([one.shape[0] for one in a], 1)
+        # those that are filled when their turn comes record nothing then
+        self.x = x2.detach()
+        every = [turned(one.detach(), k, dtype) for one, k in zip(b, self.k, strict=True)]
+        self.up, self.apart = zip(*every, strict=True)
+        return s, all_a
 
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None, *gs: Tensor | None) -> Any:
-        if gy is None and gx is None and not any(g is not None for g in gs):
-            return (None,) * (7 + len(ctx.ranks))
-        if torch.is_grad_enabled():
-            return _again(ctx, gy, gx, gs)
-        s, w, b, all_a, b2, *rest = ctx.saved_tensors
-        a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
-        need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
-        some = next(g for g in (gy, gx, *gs) if g is not None)
-        db = dbias = own = g2 = dx = None
-        if gy is not None:
-            g2 = flat(gy)
-            own = narrow(g2, b2) if ctx.k == 1 else narrow(g2, b2).mul_(ctx.k)
-            db = upper(s, g2, ctx.k, b) if need_b else None
-            dbias = g2.sum(0) if need_bias else None
-        parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
-        ds = gathered(parts, ctx.ranks, len(s), all_a)
-        da = lower(kept, ctx.mask, ds, a) if any(need_a) else (None,) * len(a)
-        if need_x:
-            dx = into(None if gx is None else flat(gx), ds, all_a, ctx.mask)
-            if g2 is not None:
-                dx.addmm_(g2, like(w, dx.dtype))
-            dx = dx.view(*some.shape[:-1], -1)
-        return None, None, None, dx, None, dbias, db, *da
+    def output(self, i: int, w: Tensor, bias: Tensor | None, y: Tensor | None = None) -> Tensor:
+        """x W' + bias + k s B' of a layer, (rows, out), written to y; W (out, in), bias (out,)."""
+        x, ks, k = self.x, self.s[i], self.apart[i]
+        if k != 1:
+            ks = ks * k
+        if bias is None:
+            low = torch.mm(ks, self.up[i], out=y)
+        else:
+            low = torch.addmm(like(bias.detach(), x.dtype), ks, self.up[i], out=y)
+        return low.addmm_(x, like(w, x.dtype).t())
 
 
-def _again(ctx: Any, gy: Any, gx: Any, gs: Any) -> Any:
-    """A leader's backward pass in plain operations, for a gradient of the gradient."""
-    s, w, b, _, _, *rest = ctx.saved_tensors
-    a, kept = rest[: len(ctx.ranks)], rest[len(ctx.ranks) :]
-    some = next(g for g in (gy, gx, *gs) if g is not None)
-    need_x, _, need_bias, need_b, *need_a = ctx.needs_input_grad[3:]
-    dtype, mask = some.dtype, ctx.mask
-    x2 = dropped(kept, mask) if kept else s
-    own = db = dbias = dx = None
-    if gy is not None:
-        g2 = flat(gy)
-        own = ctx.k * (g2 @ b.to(dtype))
-        db = (ctx.k * (g2.t() @ (x2 @ a[0].to(dtype).t()))).to(b.dtype) if need_b else None
-        dbias = g2.sum(0) if need_bias else None
-    all_a = torch.cat([one.to(dtype) for one in a])
-    parts = [own, *gs, *[None] * (len(a) - 1 - len(gs))]
-    ds = gathered(parts, ctx.ranks, len(s), all_a)
-    da: list[Tensor | None] = [None] * len(a)
-    if any(need_a):
-        every = (ds.t() @ x2).split_with_sizes(ctx.ranks)
-        da = [d.to(one.dtype) for d, one in zip(every, a, strict=True)]
-    if need_x:
-        low = ds @ all_a
-        dx = low if mask is None else mask.times(low)
-        dx = dx if gy is None else dx + flat(gy) @ w.to(dtype)
-        dx = dx.view(*some.shape[:-1], -1)
-        dx = dx if gx is None else dx + gx
-    return None, None, None, dx, None, dbias, db, *da
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (rows, n) as (..., n), by the shape of x (..., m)."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
-class Follower(torch.autograd.Function):
-    """A layer whose x A' is known: ``apply(share, k, x, s, w, bias, b)``.
+class Layers(torch.autograd.Function):
+    """Layers that read one input, or a single one: ``apply(work, x, *w, *bias, *b, *a)``.
 
-    It gives y, and where it is to ``share``, the input for the next layer.
+    It gives an output for each; where there are several, the first one is filled, and the others
+    by ``finish`` when their layers are called.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        share: bool,
-        k: float,
-        x: Tensor,
-        s: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        b: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, work: Work, x: Tensor, *given: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.k, b2, w2 = k, like(b, x.dtype), like(w, x.dtype)
-        y = shaped(output(flat(x), s, k, w2, bias, b2), x)
-        ctx.save_for_backward(s, w, b, b2)
-        return (y, x.view_as(x)) if share else y
+        n = len(work.k)
+        w, bias, b, a = given[:n], given[n : 2 * n], given[2 * n : 3 * n], given[3 * n :]
+        s, all_a = work.begin(x, b, a)
+        ctx.mask, ctx.k, ctx.ranks = work.mask, work.k, [one.shape[0] for one in a]
+        ctx.apart = work.apart
+        kept = sources(x) if True in ctx.needs_input_grad[2 + 2 * n :] else ()
+        made = () if all([one.dtype is x.dtype for one in b]) else work.up
+        ctx.made = len(made)
+        ctx.save_for_backward(s, all_a, *w, *b, *a, *made, *kept)
+        if n == 1:
+            return shaped(work.output(0, w[0], bias[0]), x)
+        rooms = tuple([x.new_empty(*x.shape[:-1], one.shape[0]) for one in w])
+        work.output(0, w[0], bias[0], flat(rooms[0]))
+        return rooms
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, gx: Tensor | None = None) -> Any:
-        s, w, b, b2 = ctx.saved_tensors
-        _, _, need_x, need_s, _, need_bias, need_b = ctx.needs_input_grad
-        if gy is None:
-            return None, None, gx, None, None, None, None
-        g2, w2 = flat(gy), like(w, gy.dtype)
-        ds = db = dx = None
-        if torch.is_grad_enabled():  # for a gradient of the gradient
-            ds = ctx.k * (g2 @ b.to(gy.dtype))
-            db = (ctx.k * (g2.t() @ s)).to(b.dtype)
-            dx = g2 @ w2 if need_x else None
-            dx = dx if dx is None or gx is None else dx + flat(gx)
-        else:
-            if need_s:
-                ds = narrow(g2, b2) if ctx.k == 1 else narrow(g2, b2).mul_(ctx.k)
-            db = upper(s, g2, ctx.k, b) if need_b else None
-            if need_x:
-                dx = g2 @ w2 if gx is None else flat(gx).addmm_(g2, w2)
-        dx = None if dx is None else dx.view(*gy.shape[:-1], -1)
-        return None, None, dx, ds, None, g2.sum(0) if need_bias else None, db
+    def backward(ctx: Any, *gs: Tensor | None) -> Any:
+        n, some = len(gs), next((g for g in gs if g is not None), None)
+        if some is None:
+            return (None,) * (2 + 4 * n)
+        s, all_a, *rest = ctx.saved_tensors
+        w, b, a, rest = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        made, kept = rest[: ctx.made], rest[ctx.made :]
+        if torch.is_grad_enabled():
+            return _again(ctx, gs, w, b, a, kept)
+        needs, apart, each = ctx.needs_input_grad, ctx.apart, split(s, ctx.ranks, 1)
+        ds: list[Tensor | None] = []
+        dbias: list[Tensor | None] = []
+        db: list[Tensor | None] = []
+        flats = [g if g is None else flat(g) for g in gs]
+        for i, g2 in enumerate(flats):
+            if g2 is None:
+                ds, dbias, db = [*ds, None], [*dbias, None], [*db, None]
+                continue
+            d = narrow(g2, made[i].t() if made else b[i])
+            ds.append(d if apart[i] == 1 else d.mul_(apart[i]))
+            dbias.append(g2.sum(0) if needs[2 + n + i] else None)
+            db.append(upper(each[i], g2, ctx.k[i], b[i]) if needs[2 + 2 * n + i] else None)
+        every = gathered(ds, ctx.ranks, len(s), all_a)
+        da = lower(kept, ctx.mask, every, a) if True in needs[2 + 3 * n :] else [None] * n
+        dx = None
+        if needs[1]:
+            dx = every @ all_a
+            if ctx.mask is not None:
+                ctx.mask.times_(dx)
+            for g2, one in zip(flats, w, strict=True):
+                if g2 is not None:
+                    dx.addmm_(g2, like(one, dx.dtype))
+            dx = shaped(dx, some)
+        if None in ds:  # a layer that was not used has no gradient
+            da = [one if d is not None else None for one, d in zip(da, ds, strict=True)]
+        return None, dx, *[None] * n, *dbias, *db, *da
+
+
+def _again(ctx: Any, gs: Any, w: Any, b: Any, a: Any, kept: Any) -> Any:
+    """A backward pass in plain operations, for a gradient of the gradient."""
+    n, mask, some = len(gs), ctx.mask, next(g for g in gs if g is not None)
+    _, need_x, *needs = ctx.needs_input_grad
+    dtype, x2 = some.dtype, dropped(kept, mask) if kept else some  # which nothing asks for then
+    found: list[Tensor | None] = [None] * (4 * n)
+    ds: list[Tensor | None] = [None] * n
+    flats = [None if g is None else flat(g) for g in gs]
+    for i, g2 in enumerate(flats):
+        if g2 is None:
+            continue
+        ds[i] = ctx.k[i] * (g2 @ b[i].to(dtype))
+        if needs[n + i]:
+            found[n + i] = g2.sum(0)
+        if needs[2 * n + i]:
+            s = x2 @ a[i].to(dtype).t()
+            found[2 * n + i] = (ctx.k[i] * (g2.t() @ s)).to(b[i].dtype)
+    all_a = torch.cat([one.to(dtype) for one in a])
+    every = gathered(ds, ctx.ranks, len(flat(some)), all_a)
+    if any(needs[3 * n :]):
+        parts = (every.t() @ x2).split_with_sizes(ctx.ranks)
+        for i, (d, one) in enumerate(zip(parts, a, strict=True)):
+            found[3 * n + i] = None if ds[i] is None else d.to(one.dtype)
+    dx = None
+    if need_x:
+        dx = every @ all_a
+        dx = dx if mask is None else mask.times(dx)
+        for g2, one in zip(flats, w, strict=True):
+            dx = dx if g2 is None else dx + g2 @ one.to(dtype)
+        dx = shaped(dx, some)
+    return None, dx, *found
 
 
 class Shrink(torch.autograd.Function):
@@ -285,32 +285,39 @@ def applied(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-_lead, _follow, shrink = applied(Leader), applied(Follower), applied(Shrink)
+_record, shrink = applied(Layers), applied(Shrink)
 
 
-def lead(
-    mask: Mask | None,
-    share: bool,
-    k: float,
+def begin(
+    work: Work,
     x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    *a: Tensor,
-) -> Any:
-    """``Leader``; where nothing is recorded, its forward without a node."""
-    if torch.is_grad_enabled():
-        return _lead(mask, share, k, x, w, bias, b, *a)
-    y, (_, *others), *_ = led(mask, k, x, w, bias, b, a)
-    return y if len(a) == 1 else (y, None, *others)
+    w: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    b: Sequence[Tensor],
+    a: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The output of the first layer, and room for those of the others where something is recorded.
+
+    Args:
+        work: of these layers.
+        x: their input (..., in).
+        w: W (out, in) of each.
+        bias: (out,) of each.
+        b: B (out, r) of each.
+        a: A (r, in) of each.
+    """
+    if work.recorded:
+        found = _record(work, x, *w, *bias, *b, *a)
+        return (found, ()) if len(w) == 1 else (found[0], found[1:])
+    work.begin(x, b, a)
+    return shaped(work.output(0, w[0], bias[0]), x), [None] * (len(w) - 1)
 
 
-def follow(
-    share: bool, k: float, x: Tensor, s: Tensor, w: Tensor, bias: Tensor | None, b: Tensor
-) -> Any:
-    """``Follower``; where nothing is recorded, its forward without a node."""
-    if torch.is_grad_enabled():
-        return _follow(share, k, x, s, w, bias, b)
-    dtype = x.dtype
-    y = shaped(output(flat(x), s, k, like(w, dtype), bias, like(b, dtype)), x)
-    return (y, x) if share else y
+def finish(
+    work: Work, i: int, x: Tensor, y: Tensor | None, w: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The output of another layer of ``begin``, into the room that there is for it."""
+    if y is None:
+        return shaped(work.output(i, w, bias), x)
+    work.output(i, w, bias, flat(y.data))  # nobody has seen it yet
+    return y
