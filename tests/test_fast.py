@@ -687,15 +687,3 @@ def test_a_gpu_computes_the_same(name: str, dtype: torch.dtype, rate: float) -> 
     got = step(model, x)
     assert [g.dtype for g in got[1]] == [g.dtype for g in want[1]]
     same(got, want, 1e-4 if dtype == torch.float32 else 0.05)
-
-
-@GPU
-def test_a_gpu_gives_gradients_in_the_dtype_of_the_factors_at_once() -> None:
-    model = adapted(dtype=torch.bfloat16).cuda()
-    x = inputs(torch.bfloat16).detach().cuda().requires_grad_()
-    y = model(x).square().sum()
-    with Operations() as seen:
-        y.backward()
-    made = [t for name, t in seen.seen if name == "mm" and t.dtype is torch.float32]
-    assert len(made) == 2 * (7 + 4)  # of a block: B of all layers, and A of those that lead
-    assert seen.count("_to_copy", "copy_") == 0

@@ -14,8 +14,6 @@ MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 PARTS = 8  # of the rows, as one batch
 RANKS = range(5, 16)  # 4 and 16 columns are MKL's own
 ROWS, MANY = 256, 512
-WIDE = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8 and later, for CUDA
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def _slow(x: Tensor) -> bool:
@@ -38,12 +36,3 @@ def across(s: Tensor, x: Tensor) -> Tensor:
         halves = x.view(rows, 2, n // 2).transpose(0, 1)
         return torch.bmm(s.t().expand(2, r, rows), halves).transpose(0, 1).reshape(r, n)
     return torch.mm(s.t(), x)
-
-
-def wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in a dtype, in one kernel where the device has that: what it sums it sums in fp32."""
-    if a.dtype is dtype:
-        return torch.mm(a, b)
-    if WIDE and a.is_cuda and dtype is torch.float32 and a.dtype in HALVES:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
