@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 from .grouped import Group
+from .stack import Stack, Stacks
+
+# what a linear layer is in torch's graph: it keeps its input and its weight
+LINEAR = ("AddmmBackward0", "MmBackward0")
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
 
 @dataclass
@@ -34,101 +39,174 @@ class Leaves:
     scales: Sequence[float]
     dtype: torch.dtype
 
-    def down(self, group: Group) -> Tensor:
-        """A of each piece, (pieces, rank, in)."""
-        own = [(self.a[t], i) for t, i in group.pieces]
-        r = group.rank
-        return _stack([a if a.shape[0] == r else a[i : i + r] for a, i in own], self.dtype)
+    def inputs(self) -> list[Tensor]:
+        """The tensors that get gradients."""
+        return [*self.a, *self.b]
 
-    def up(self, group: Group) -> Tensor:
-        """B' of each piece, (pieces, rank, out): products with long rows are the fast ones."""
-        own = [(self.b[t], i) for t, i in group.pieces]
-        r = group.rank
-        made = _stack([b if b.shape[1] == r else b[:, i : i + r] for b, i in own], self.dtype)
-        return made.mT.contiguous()
+    def factors(self, given: Sequence[Tensor], i: int, group: Group) -> tuple[Tensor, Tensor]:
+        """A (pieces, rank, in) and B' (pieces, rank, out): products with long rows are fast.
+
+        Args:
+            given: the values of ``inputs``.
+            i: the number of the group.
+            group: the group.
+        """
+        n, r = len(self.a), group.rank
+        own = [(given[t], given[n + t], begin) for t, begin in group.pieces]
+        down = torch.stack([a if a.shape[0] == r else a[i : i + r] for a, _, i in own])
+        up = torch.stack([b if b.shape[1] == r else b[:, i : i + r] for _, b, i in own])
+        return down.to(self.dtype), up.to(self.dtype).mT.contiguous()
+
+    def gradients(self, groups: Sequence[Group], found: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of ``inputs``.
+
+        Args:
+            groups: from ``Rows.plan``.
+            found: those of A (pieces, rank, in) and B' (pieces, rank, out) of each group in turn.
+        """
+        n = len(self.a)
+        parts: list[dict[int, Tensor]] = [{} for _ in range(2 * n)]  # by where a piece begins
+        for group, down, up in zip(groups, found[::2], found[1::2], strict=True):
+            pieces = zip(group.pieces, down.unbind(), up.mT.contiguous().unbind(), strict=True)
+            for (t, begin), of_a, of_b in pieces:
+                parts[t][begin], parts[n + t][begin] = of_a, of_b
+        return [_one(pieces, int(i >= n)) for i, pieces in enumerate(parts)]
 
     def times(self, values: Tensor, group: Group) -> Tensor:
-        """Values of each piece, (pieces, ...), times its scale."""
+        """Values of each piece, (pieces, ...), times its scale; they are overwritten."""
         scales = [self.scales[t] for t, _ in group.pieces]
         if len(set(scales)) == 1:
-            return values if scales[0] == 1 else values * scales[0]
+            return values if scales[0] == 1 else values.mul_(scales[0])
         each = torch.tensor(scales, dtype=values.dtype, device=values.device)
-        return values * each.view(-1, *[1] * (values.ndim - 1))
+        return values.mul_(each.view(-1, *[1] * (values.ndim - 1)))
 
 
-def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack(list(tensors)).to(dtype)
+@dataclass
+class Lying(Leaves):
+    """Factors of which those of a group are a stack, and are taken as they lie.
+
+    Args:
+        stacks: that of each group.
+    """
+
+    stacks: Sequence[Stack] = ()
+
+    def inputs(self) -> list[Tensor]:
+        return [tensor for stack in self.stacks for tensor in (stack.down, stack.up)]
+
+    def factors(self, given: Sequence[Tensor], i: int, group: Group) -> tuple[Tensor, Tensor]:
+        return given[2 * i].to(self.dtype), given[2 * i + 1].to(self.dtype)
+
+    def gradients(self, groups: Sequence[Group], found: Sequence[Tensor]) -> list[Tensor | None]:
+        return list(found)
+
+
+def leaves(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+    groups: Sequence[Group],
+    stacks: Stacks | None,
+) -> Leaves:
+    """The factors of one level, as they lie where those of each group can be in one of ``stacks``.
+
+    Args:
+        a: as in ``Leaves``, as the next three are.
+        b: as there.
+        scales: as there.
+        dtype: as there.
+        groups: from ``Rows.plan``.
+        stacks: those of the model, where there are any.
+    """
+    general = Leaves(a, b, scales, dtype)
+    if stacks is None or sum(len(group.pieces) for group in groups) != len(a):
+        return general  # a rank of 0, or one that is cut into pieces
+    found = []
+    for group in groups:
+        own = [t for t, _ in group.pieces]
+        stack = stacks.of([a[t] for t in own], [b[t] for t in own])
+        if stack is None:
+            return general
+        found.append(stack)
+    return Lying(a, b, scales, dtype, found)
 
 
 def add(y: Tensor, x: Tensor, groups: Sequence[Group], leaves: Leaves) -> Tensor:
     """y + s B A x by rows.
 
     Args:
-        y: (rows, tokens, out).
+        y: (rows, tokens, out); it may be overwritten.
         x: (rows, tokens, in), in the dtype of the products.
         groups: from ``Rows.plan``.
         leaves: the factors.
     """
-    found: Tensor = Products.apply(y, x, groups, leaves, *leaves.a, *leaves.b)  # type: ignore[no-untyped-call]
+    given = (y, x, groups, leaves, _free(y), *leaves.inputs())
+    found: Tensor = Products.apply(*given)  # type: ignore[no-untyped-call]
     return found
+
+
+def _free(y: Tensor) -> bool:
+    """Whether what has computed y is known not to need it in its backward."""
+    node: Any = y.grad_fn
+    while node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() in LINEAR
 
 
 class Products(torch.autograd.Function):
     """See ``add``; a backward that is itself differentiated starts from the factors again."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, groups: Any, leaves: Any, *factors: Tensor) -> Any:
-        """The sum; kept: the input, the inner values, and the stacks."""
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, groups: Any, leaves: Any, free: bool, *given: Tensor
+    ) -> Any:
+        """The sum; kept: the input, the inner values, and the factors as products take them."""
         kept = []
-        for group in groups:
-            down, up = leaves.down(group), leaves.up(group)
-            taken = _rows(x, group)
-            h = leaves.times(torch.bmm(down, taken.mT), group)  # (pieces, rank, tokens)
+        for i, group in enumerate(groups):
+            down, up = leaves.factors(given, i, group)
+            h = leaves.times(torch.bmm(down, _rows(x, group).mT), group)  # (pieces, rank, tokens)
             if group.whole:
-                flat = y.reshape(len(h), -1, y.shape[2])
-                y = torch.baddbmm(flat, h.mT, up).view(y.shape)
+                flat = y.detach().reshape(len(h), -1, y.shape[2])
+                found = flat.baddbmm_(h.mT, up) if free else torch.baddbmm(flat, h.mT, up)
+                y, free = found.view(y.shape), True
             else:
                 update = torch.bmm(h.mT, up).view(-1, *y.shape[1:])
                 y = y.index_add(0, group.index(x.device), update)
             kept += [down, up, h]
         ctx.groups, ctx.leaves, ctx.kept = groups, leaves, len(kept)
-        ctx.save_for_backward(x, *kept, *factors)
+        ctx.save_for_backward(x, *kept, *given)
         return y if groups else y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        """The gradients of y, x and each factor."""
+        """The gradients of y, x and each tensor of factors."""
         x, *saved = ctx.saved_tensors
-        kept, factors, leaves = saved[: ctx.kept], saved[ctx.kept :], ctx.leaves
-        n = len(factors) // 2
+        kept, given, leaves = saved[: ctx.kept], saved[ctx.kept :], ctx.leaves
         if torch.is_grad_enabled():
-            leaves = Leaves(factors[:n], factors[n:], leaves.scales, leaves.dtype)
-            kept = _again(x, ctx.groups, leaves)
-        found: list[dict[int, Tensor]] = [{} for _ in factors]  # by where a piece begins
+            kept = _again(x, ctx.groups, leaves, given)
+        found: list[Tensor] = []
         gx: Tensor | None = None
-        for k, group in enumerate(ctx.groups):
-            down, up, h = kept[3 * k : 3 * k + 3]
+        for i, group in enumerate(ctx.groups):
+            down, up, h = kept[3 * i : 3 * i + 3]
             own = _rows(g, group)
-            gh = leaves.times(torch.bmm(own, up.mT), group)  # (pieces, tokens, rank)
-            ga = torch.bmm(gh.mT, _rows(x, group))
-            gb = torch.bmm(h, own).mT.contiguous()
-            pieces = zip(group.pieces, ga.unbind(), gb.unbind(), strict=True)
-            for (t, begin), of_a, of_b in pieces:
-                found[t][begin], found[n + t][begin] = of_a, of_b
+            gh = leaves.times(torch.bmm(up, own.mT), group)  # (pieces, rank, tokens)
+            found += [torch.bmm(gh, _rows(x, group)), torch.bmm(h, own)]
             if ctx.needs_input_grad[1]:
-                part = torch.bmm(gh, down)
+                part = torch.bmm(gh.mT, down)
                 gx = _put(gx, part.view(-1, *x.shape[1:]), group, x)
-        whole = [_one(pieces, int(i >= n)) for i, pieces in enumerate(found)]
-        return g, gx, None, None, *whole
+        return g, gx, None, None, None, *leaves.gradients(ctx.groups, found)
 
 
-def _again(x: Tensor, groups: Sequence[Group], leaves: Leaves) -> list[Tensor]:
+def _again(
+    x: Tensor, groups: Sequence[Group], leaves: Leaves, given: Sequence[Tensor]
+) -> list[Tensor]:
     """What the forward kept, as functions of the factors."""
     kept = []
-    for group in groups:
-        down = leaves.down(group)
+    for i, group in enumerate(groups):
+        down, up = leaves.factors(given, i, group)
         h = leaves.times(torch.bmm(down, _rows(x, group).mT), group)
-        kept += [down, leaves.up(group), h]
+        kept += [down, up, h]
     return kept
 
 

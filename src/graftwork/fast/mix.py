@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import grouped, learned
+from . import stack as stacked
 from .grouped import Rows
-from .learned import Leaves
+from .learned import Leaves, Lying
 from .watch import Kept, Watch, numel
 
 LARGER = 2  # factors that are computed from far fewer numbers are not kept: VeRA's, UniLoRA's
@@ -47,6 +48,7 @@ class Mix:
         lasts: what follows from the tensors is the same in the next call.
         large: the factors are not to be kept.
         stacks: what was kept.
+        leaves: what was kept of factors that learn, which are in it as they are.
     """
 
     levels: list[Level]
@@ -54,6 +56,7 @@ class Mix:
     lasts: bool
     large: bool = False
     stacks: Stacks | None = None
+    leaves: Stacks | None = None
 
 
 @dataclass
@@ -145,7 +148,11 @@ def find(
     watch, mix = found or _planned(kept, key, rows, holder, parts_of)
     if mix is None:
         return None
-    if not (mix.lasts and watch.usable) or mix.large or (graded and watch.learns()):
+    if graded and watch.learns():
+        made = mix.leaves or stack(mix, rows, dtype, False, kept.stacks)
+        mix.leaves = made if _lies(made) else None
+        return mix, made
+    if not (mix.lasts and watch.usable) or mix.large:
         return mix, stack(mix, rows, dtype, keep=False)
     if mix.stacks is None or not watch.unwritten():
         if found is not None:
@@ -210,8 +217,24 @@ def _size(stacks: Stacks) -> int:
     return sum(t.numel() for level in every for pair in level for t in pair)
 
 
-def stack(mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool) -> Stacks:
-    """The tensors of all adapters as they are now, in ``dtype``."""
+def _lies(stacks: Stacks) -> bool:
+    """Whether nothing was computed, so that what is written to the tensors is in it too."""
+    extra = [*stacks.shifts, *stacks.gains]
+    return all(type(level) is Lying for level in stacks.factors) and extra.count(None) == len(extra)
+
+
+def stack(
+    mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool, lying: stacked.Stacks | None = None
+) -> Stacks:
+    """The tensors of all adapters as they are now, in ``dtype``.
+
+    Args:
+        mix: the plan.
+        rows: whose the rows are.
+        dtype: that of the products.
+        keep: they are used many times.
+        lying: where factors that learn may lie.
+    """
     made = Stacks([], [], [], (_gains(mix, 0, dtype), _gains(mix, 1, dtype)))
     learning = torch.is_grad_enabled() and not (keep or torch.compiler.is_compiling())
     for level in mix.levels:
@@ -221,7 +244,7 @@ def stack(mix: Mix, rows: Rows, dtype: torch.dtype, keep: bool) -> Stacks:
         terms = tuple(zip(numbers, (own.shape[0] for own in a), strict=True))
         made.terms.append(terms)
         made.factors.append(
-            Leaves(a, b, scales, dtype)
+            learned.leaves(a, b, scales, dtype, rows.plan(terms), lying)
             if learning
             else grouped.stacks(rows.plan(terms), a, b, dtype, keep)
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+if TYPE_CHECKING:
+    from .stack import Stacks
 
 TWIN = "held_scale"  # the same as the number beside it
 HELD = 2  # results at one layer: one for prompts, one for the tokens that follow
@@ -100,6 +103,12 @@ class Kept:
 
     def __init__(self) -> None:
         self.results: dict[Hashable, tuple[Watch, Any]] = {}
+        self.stacks: Stacks | None = None  # in which the factors of the layer are while they learn
+
+    def lie(self, stacks: Stacks | None) -> None:
+        """From now on the factors that learn lie in these, or in none."""
+        self.stacks = stacks
+        self.results.clear()
 
     def find(self, key: Hashable) -> tuple[Watch, Any] | None:
         """What is kept under a key, where it was computed from the objects that are there now."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..engine.root import Grafted
 from ..errors import TrainingError
+from ..fast.stack import Stack
 from .batches import Item, Joined, Spec, join, pack
 from .feeds import Feed, length_of, moved, source_of
 from .losses import Given, Own, own_loss
 from .optimizers import Stepper, norms
 from .runs import FAILED, FINISHED, STOPPED, Run, RunResult
-from .state import Held, learning, resting
+from .state import Held, Lying, learning, resting
 from .streams import Stream, drawing
 
 
@@ -125,6 +126,9 @@ class Together:
             self._supply(learner)
         self.loss: Given | Own = Given(options.loss) if options.loss else self._own_loss()
         self.step = 0
+        self.live = len(self.learners)
+        ours = [one for one in self.learners if one.stepper.own is None]
+        self.lying = Lying(self.root, [p for one in ours for p in one.held.own])
 
     # -- what runs read
 
@@ -211,19 +215,41 @@ class Together:
                 term.backward()  # type: ignore[no-untyped-call]
                 terms[learner.place].append(term.detach())
 
+    def _shared(self) -> list[Stack]:
+        """The stacks that had a gradient, which their factors have now."""
+        stacks = self.lying.stacks
+        if stacks.changed:
+            for one in self.learners:
+                one.stepper.lie()
+            stacks.changed = False
+        return [stack for stack in stacks.made.values() if stack.share()]
+
+    def _part(self) -> list[Learner]:
+        """The runs that are still learning; what the others have learned is their own."""
+        live = [one for one in self.learners if not one.result.ended]
+        if len(live) < self.live:
+            self.live = len(live)
+            self.lying.release(
+                p for one in self.learners if one.result.ended for p in one.held.parameters
+            )
+        return live
+
     def advance(self) -> None:
         """One step of every run that is still learning."""
-        live = [one for one in self.learners if not one.result.ended]
+        live = self._part()
         terms: dict[int, list[Tensor]] = {}
         self._learn((item for one in live for item in one.items()), terms)
         self._penalties(live, terms)
         sums = torch.stack([torch.stack([t.float() for t in terms[one.place]]).sum()
                             for one in live])  # fmt: skip
-        every = norms([one.stepper for one in live])
+        stacks = self._shared()
+        every = norms([one.stepper for one in live], stacks)
         found = torch.stack([sums, every.to(sums.device)]).tolist()
         self.step += 1
         for learner, loss, norm in zip(live, *found, strict=True):
             self._update(learner, loss, norm)
+        for stack in stacks:
+            stack.forget()
         for feed in self.feeds.values():
             readers = [one for one in live if one.feed is feed and not one.result.ended]
             feed.forget(min((o.result.steps * o.run.accumulation for o in readers), default=0))
@@ -336,6 +362,7 @@ class Together:
             stack.enter_context(learning(self.model, self.root, held, self.options.base_dropout))
             for one in self.learners:
                 stack.enter_context(drawing(one.held.modules, one.stream))
+            stack.enter_context(self.lying)
             while any(not one.result.ended for one in self.learners):
                 self.advance()
                 self.assess()

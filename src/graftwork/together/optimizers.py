@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fast.stack import Stack
 from .runs import Run
 from .state import Held
 
@@ -30,6 +31,7 @@ class Moments:
 
     def __init__(self, parameters: Sequence[Tensor], rate: float, decay: float) -> None:
         self.parameters, self.rate, self.decay = list(parameters), rate, decay
+        self.turned = [False] * len(parameters)  # those that lie transposed
         self.mean = [torch.zeros_like(p) for p in parameters]
         self.square = [torch.zeros_like(p) for p in parameters]
         self.device = self.parameters[0].device
@@ -37,11 +39,26 @@ class Moments:
         self.steps = [torch.zeros((), dtype=torch.float32, device=self.device)] * len(parameters)
 
     @torch.no_grad()
+    def lie(self) -> None:
+        """Lay the moments out as the tensors lie now, of which some may be transposed."""
+        for i, p in enumerate(self.parameters):
+            turned = not p.is_contiguous() and p.mT.is_contiguous()
+            if turned != self.turned[i]:
+                self.turned[i] = turned
+                for every in (self.mean, self.square):
+                    every[i] = every[i].mT.contiguous()
+
+    @torch.no_grad()
     def step(self, factor: float, shrink: float) -> None:
         """One step at this share of the rate, with the gradients divided by ``shrink``."""
-        lists: list[list[Any]] = [
-            self.parameters, [p.grad for p in self.parameters], self.mean, self.square, self.steps
-        ]  # fmt: skip
+        every = [p.grad for p in self.parameters]
+        lists: list[list[Any]] = [self.parameters, every, self.mean, self.square, self.steps]
+        if any(self.turned):  # the kernel is slow with tensors that are not contiguous
+            lists[:2] = [
+                [t.mT if turned and t is not None else t
+                 for t, turned in zip(one, self.turned, strict=True)]
+                for one in lists[:2]
+            ]  # fmt: skip
         if any(g is None for g in lists[1]):
             lists[-1] = self.steps = [n.clone() for n in self.steps]
             have = [i for i, g in enumerate(lists[1]) if g is not None]
@@ -113,6 +130,11 @@ class Stepper:
             moments.step(factor, shrink)
         self.forget()
 
+    def lie(self) -> None:
+        """Follow the tensors, which lie otherwise than before."""
+        for moments in self.moments:
+            moments.lie()
+
     def forget(self) -> None:
         """Drop the gradients."""
         for p in self.parameters:
@@ -120,11 +142,32 @@ class Stepper:
 
 
 @torch.no_grad()
-def norms(steppers: Sequence[Stepper]) -> Tensor:
-    """The norm of each run's gradients, (runs,), as ``clip_grad_norm_`` computes it."""
-    grads = [[p.grad for p in one.parameters if p.grad is not None] for one in steppers]
+def norms(steppers: Sequence[Stepper], stacks: Sequence[Stack] = ()) -> Tensor:
+    """The norm of each run's gradients, (runs,), as ``clip_grad_norm_`` computes it.
+
+    Args:
+        steppers: the runs'.
+        stacks: those that have shared their gradients.
+    """
+    run_of = {id(p): i for i, one in enumerate(steppers) for p in one.parameters}
+    wholes: dict[tuple[int, ...], list[Tensor]] = {}  # gradients in stacks, by the runs of rows
+    for stack in stacks:
+        for side, whole in ((stack.a, stack.down.grad), (stack.b, stack.up.grad)):
+            if whole is not None:
+                wholes.setdefault(tuple(run_of.pop(id(p)) for p in side), []).append(whole)
+    grads = [[p.grad for p in one.parameters if p.grad is not None and id(p) in run_of]
+             for one in steppers]  # fmt: skip
     every: Any = torch._foreach_norm([g for own in grads for g in own]) if any(grads) else []
-    device = every[0].device if every else torch.device("cpu")
-    parts = torch.stack([n.float().to(device) for n in every]) if every else torch.zeros(0)
+    first = next((own[0] for own in (*wholes.values(), every) if own), torch.zeros(0))
+    parts = torch.stack([n.float().to(first.device) for n in every]) if every else torch.zeros(0)
     pieces = torch.split(parts, [len(own) for own in grads])
-    return torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
+    terms = [torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).to(first.device)]
+    for runs, own in wholes.items():
+        each = [torch.linalg.vector_norm(g, dim=(1, 2)).float().to(first.device) for g in own]
+        found = torch.linalg.vector_norm(torch.stack(each), dim=0)
+        terms.append(torch.zeros_like(terms[0]).index_copy_(0, _index(runs, found), found))
+    return terms[0] if len(terms) == 1 else torch.linalg.vector_norm(torch.stack(terms), dim=0)
+
+
+def _index(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, device=like.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..engine.root import Grafted
 from ..errors import TrainingError
+from ..fast.stack import Stacks
 from ..parts.whole import Copy
 
 
@@ -112,6 +113,35 @@ def _need_no_dropout(module: nn.Module) -> None:
                 "acts in training mode alone, and then this dropout does too; load the model with "
                 "its dropout at 0, or give train_together(base_dropout=True)"
             )
+
+
+class Lying:
+    """Factors of runs, held in stacks at the layers while they learn.
+
+    Args:
+        root: the model's root.
+        learning: what may be in a stack.
+    """
+
+    def __init__(self, root: Grafted, learning: Iterable[Tensor]) -> None:
+        self.kept = [host.stacks for host in root.hosts().values()]
+        self.stacks = Stacks(learning)
+
+    def __enter__(self) -> Stacks:
+        for kept in self.kept:
+            kept.lie(self.stacks)
+        return self.stacks
+
+    def __exit__(self, *_: object) -> None:
+        for kept in self.kept:
+            kept.lie(None)
+        self.stacks.release()
+
+    def release(self, factors: Iterable[Tensor]) -> None:
+        """Undo the stacks that some factors are in; the next forward makes others of the rest."""
+        if self.stacks.release(factors):
+            for kept in self.kept:
+                kept.lie(self.stacks)
 
 
 @contextmanager
