@@ -33,50 +33,53 @@ class Stack:
 
     def __init__(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         self.a, self.b = tuple(a), tuple(b)
+        self.factors = *self.a, *self.b
         with torch.no_grad():
             self.down = torch.stack(self.a)  # (adapters, r, in)
             self.up = torch.stack([one.mT for one in self.b])  # (adapters, r, out)
-        for factor, row in zip(self.factors, self._rows(self.down, self.up), strict=True):
-            factor.data = row
+        self.rows = _rows(self.down, self.up)  # of ``factors``; those of B are transposed
+        for i, (factor, row) in enumerate(zip(self.factors, self.rows, strict=True)):
+            factor.data = row.mT if i >= len(self.a) else row
         self.down.requires_grad_()
         self.up.requires_grad_()
+        self.ids = tuple(map(id, self.factors))
         self.addresses = list(map(_address, self.factors))
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """Every A, and then every B."""
-        return *self.a, *self.b
-
-    @staticmethod
-    def _rows(down: Tensor, up: Tensor) -> list[Tensor]:
-        """The rows in the order and the shapes of ``factors``."""
-        return [*down.detach().unbind(), *up.detach().mT.unbind()]
+        self.shared = False  # whether the gradients of the factors are in those of the stack
 
     def holds(self) -> bool:
         """Whether no factor was given other data since, or is listened to."""
-        factors = self.factors
-        return list(map(_address, factors)) == self.addresses and all(map(_quiet, factors))
+        same = list(map(_address, self.factors)) == self.addresses
+        return same and all(map(_quiet, self.factors))
 
-    def share(self) -> bool:
-        """Give each factor its gradient; whether they are rows of ``down.grad`` and ``up.grad``."""
+    def share(self) -> list[Tensor]:
+        """The gradients of ``rows``; none where the factors have theirs by themselves."""
         down, up = self.down.grad, self.up.grad
+        self.shared = down is not None and up is not None
         if down is None or up is None:
-            return False
-        for factor, row in zip(self.factors, self._rows(down, up), strict=True):
-            if factor.grad is not None:  # from elsewhere, as a penalty
-                row += factor.grad
-            factor.grad = row
-        return True
+            return []
+        rows = _rows(down, up)
+        if any(factor.grad is not None for factor in self.factors):  # as from a penalty
+            for i, (factor, row) in enumerate(zip(self.factors, rows, strict=True)):
+                if factor.grad is not None:
+                    row += factor.grad.mT if i >= len(self.a) else factor.grad
+                    factor.grad = None
+        return rows
 
     def forget(self) -> None:
         """Drop the gradients."""
         self.down.grad = self.up.grad = None
+        for factor in () if self.shared else self.factors:
+            factor.grad = None
 
     def release(self) -> None:
         """Give each factor a tensor of its own."""
         for factor, address in zip(self.factors, self.addresses, strict=True):
             if factor.data_ptr() == address:
                 factor.data = factor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _rows(down: Tensor, up: Tensor) -> list[Tensor]:
+    return [*down.detach().unbind(), *up.detach().unbind()]
 
 
 class Stacks:
@@ -110,6 +113,23 @@ class Stacks:
                 del self.free[one]
             self.changed = True
         return self.made[key]
+
+    def share(self) -> dict[int, Tensor]:
+        """The gradients of rows, by the id of the factor."""
+        return {i: g for s in self.made.values() for i, g in zip(s.ids, s.share(), strict=False)}
+
+    def rows(self) -> dict[int, tuple[Tensor, bool]]:
+        """The rows and whether they are the factor transposed, by the id of the factor."""
+        return {
+            key: (row, i >= len(stack.a))
+            for stack in self.made.values()
+            for i, (key, row) in enumerate(zip(stack.ids, stack.rows, strict=True))
+        }
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for stack in self.made.values():
+            stack.forget()
 
     def release(self, factors: Iterable[Tensor] | None = None) -> bool:
         """Undo the stacks that some factors are in, or all, and those of which a factor was given

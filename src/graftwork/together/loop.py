@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..engine.root import Grafted
 from ..errors import TrainingError
-from ..fast.stack import Stack
 from .batches import Item, Joined, Spec, join, pack
 from .feeds import Feed, length_of, moved, source_of
 from .losses import Given, Own, own_loss
@@ -215,15 +214,6 @@ class Together:
                 term.backward()  # type: ignore[no-untyped-call]
                 terms[learner.place].append(term.detach())
 
-    def _shared(self) -> list[Stack]:
-        """The stacks that had a gradient, which their factors have now."""
-        stacks = self.lying.stacks
-        if stacks.changed:
-            for one in self.learners:
-                one.stepper.lie()
-            stacks.changed = False
-        return [stack for stack in stacks.made.values() if stack.share()]
-
     def _part(self) -> list[Learner]:
         """The runs that are still learning; what the others have learned is their own."""
         live = [one for one in self.learners if not one.result.ended]
@@ -242,14 +232,18 @@ class Together:
         self._penalties(live, terms)
         sums = torch.stack([torch.stack([t.float() for t in terms[one.place]]).sum()
                             for one in live])  # fmt: skip
-        stacks = self._shared()
-        every = norms([one.stepper for one in live], stacks)
+        stacks = self.lying.stacks
+        if stacks.changed:
+            rows, stacks.changed = stacks.rows(), False
+            for one in live:
+                one.stepper.lie(rows)
+        given = stacks.share()
+        every = norms([one.stepper for one in live], stacks.made.values())
         found = torch.stack([sums, every.to(sums.device)]).tolist()
         self.step += 1
         for learner, loss, norm in zip(live, *found, strict=True):
-            self._update(learner, loss, norm)
-        for stack in stacks:
-            stack.forget()
+            self._update(learner, loss, norm, given)
+        stacks.forget()
         for feed in self.feeds.values():
             readers = [one for one in live if one.feed is feed and not one.result.ended]
             feed.forget(min((o.result.steps * o.run.accumulation for o in readers), default=0))
@@ -257,7 +251,9 @@ class Together:
             last = {o.run.name: o.result.losses[-1] for o in live if o.result.ended != FAILED}
             self.options.on_step(self.step, last)
 
-    def _update(self, learner: Learner, loss: float, norm: float) -> None:
+    def _update(
+        self, learner: Learner, loss: float, norm: float, given: Mapping[int, Tensor]
+    ) -> None:
         result, run = learner.result, learner.run
         step = result.steps
         for what, value in (("loss", loss), ("norm of its gradient", norm)):
@@ -267,7 +263,7 @@ class Together:
                     f"the {what} became {value} in step {step + 1} of {learner.steps}, at the "
                     f"rate {rate:.3g}; try a lower learning_rate, or warmup"
                 )
-        learner.stepper.step(run.factor(step, learner.steps), norm)
+        learner.stepper.step(run.factor(step, learner.steps), norm, given)
         result.losses.append(loss)
         if result.steps == learner.steps:
             result.ended = FINISHED

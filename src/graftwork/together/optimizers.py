@@ -7,7 +7,7 @@ once. Methods that follow the optimizer get a ``torch.optim.Optimizer``, whose h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ class Moments:
 
     def __init__(self, parameters: Sequence[Tensor], rate: float, decay: float) -> None:
         self.parameters, self.rate, self.decay = list(parameters), rate, decay
-        self.turned = [False] * len(parameters)  # those that lie transposed
+        self.ids = list(map(id, parameters))
+        self.tensors = self.parameters  # as they lie: a row of a stack in place of its factor
+        self.turned = [False] * len(parameters)  # rows that are the factor transposed
         self.mean = [torch.zeros_like(p) for p in parameters]
         self.square = [torch.zeros_like(p) for p in parameters]
         self.device = self.parameters[0].device
@@ -39,31 +41,40 @@ class Moments:
         self.steps = [torch.zeros((), dtype=torch.float32, device=self.device)] * len(parameters)
 
     @torch.no_grad()
-    def lie(self) -> None:
-        """Lay the moments out as the tensors lie now, of which some may be transposed."""
-        for i, p in enumerate(self.parameters):
-            turned = not p.is_contiguous() and p.mT.is_contiguous()
+    def lie(self, rows: Mapping[int, tuple[Tensor, bool]]) -> None:
+        """Work on rows of stacks where parameters are in them; see ``Stacks.rows``."""
+        found = [
+            rows.get(key, (p, False)) for key, p in zip(self.ids, self.parameters, strict=True)
+        ]
+        self.tensors = [tensor for tensor, _ in found]
+        for i, (_, turned) in enumerate(found):
             if turned != self.turned[i]:
                 self.turned[i] = turned
                 for every in (self.mean, self.square):
                     every[i] = every[i].mT.contiguous()
 
+    def _gradients(self, given: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Those of ``tensors``."""
+        grads = list(map(given.get, self.ids))
+        for i, grad in enumerate(grads):
+            if grad is None and (own := self.parameters[i].grad) is not None:
+                grads[i] = own.mT.contiguous() if self.turned[i] else own
+        return grads
+
     @torch.no_grad()
-    def step(self, factor: float, shrink: float) -> None:
-        """One step at this share of the rate, with the gradients divided by ``shrink``."""
-        every = [p.grad for p in self.parameters]
-        lists: list[list[Any]] = [self.parameters, every, self.mean, self.square, self.steps]
-        if any(self.turned):  # the kernel is slow with tensors that are not contiguous
-            lists[:2] = [
-                [t.mT if turned and t is not None else t
-                 for t, turned in zip(one, self.turned, strict=True)]
-                for one in lists[:2]
-            ]  # fmt: skip
-        if any(g is None for g in lists[1]):
-            lists[-1] = self.steps = [n.clone() for n in self.steps]
-            have = [i for i, g in enumerate(lists[1]) if g is not None]
+    def step(self, factor: float, shrink: float, given: Mapping[int, Tensor] | None = None) -> None:
+        """One step at this share of the rate, with the gradients divided by ``shrink``; ``given``
+        as in ``Stacks.share``.
+        """
+        every = self._gradients(given or {})
+        lists: list[list[Any]] = [
+            self.tensors, every, self.mean, self.square, self.steps, self.parameters
+        ]  # fmt: skip
+        if any(g is None for g in every):
+            lists[4] = self.steps = [n.clone() for n in self.steps]
+            have = [i for i, g in enumerate(every) if g is not None]
             lists = [[one[i] for i in have] for one in lists]
-        tensors, grads, mean, square, steps = lists
+        tensors, grads, mean, square, steps, parameters = lists
         for count in {id(n): n for n in steps}.values():
             count += 1
         torch._fused_adamw_(
@@ -72,7 +83,7 @@ class Moments:
             maximize=False,
             grad_scale=None if shrink == 1 else torch.tensor(shrink, device=self.device),
         )  # fmt: skip
-        torch.autograd.graph.increment_version(tensors)  # which the fused kernel leaves
+        torch.autograd.graph.increment_version(parameters)  # which the fused kernel leaves
 
 
 def fits(parameters: Sequence[Tensor]) -> bool:
@@ -92,6 +103,7 @@ class Stepper:
 
     def __init__(self, run: Run, held: Held, follows: bool) -> None:
         self.run, self.parameters = run, held.parameters
+        self.apart = self.parameters  # those that are in no stack
         groups: list[dict[str, Any]] = [
             {"params": tensors, "lr": rate, "weight_decay": run.weight_decay}
             for tensors, rate in (
@@ -111,12 +123,13 @@ class Stepper:
         if self.own is not None:
             self.peaks = [group["lr"] for group in self.own.param_groups]
 
-    def step(self, factor: float, norm: float) -> None:
+    def step(self, factor: float, norm: float, given: Mapping[int, Tensor]) -> None:
         """One step at this share of the peak rates; the gradients are gone afterwards.
 
         Args:
             factor: the share.
             norm: of the gradients, which are scaled down to the run's largest.
+            given: those of rows of stacks, by the id of the parameter.
         """
         most = self.run.max_grad_norm
         shrink = 1.0 if most is None else max(1.0, (norm + 1e-6) / most)
@@ -127,47 +140,55 @@ class Stepper:
                 group["lr"] = peak * factor
             self.own.step()
         for moments in self.moments:
-            moments.step(factor, shrink)
+            moments.step(factor, shrink, given)
         self.forget()
 
-    def lie(self) -> None:
-        """Follow the tensors, which lie otherwise than before."""
+    def lie(self, rows: Mapping[int, tuple[Tensor, bool]]) -> None:
+        """Work on rows of stacks where parameters are in them; see ``Stacks.rows``."""
+        self.apart = [p for p in self.parameters if id(p) not in rows]
         for moments in self.moments:
-            moments.lie()
+            moments.lie(rows)
 
     def forget(self) -> None:
-        """Drop the gradients."""
-        for p in self.parameters:
+        """Drop the gradients, except those of stacks."""
+        for p in self.apart:
             p.grad = None
 
 
 @torch.no_grad()
-def norms(steppers: Sequence[Stepper], stacks: Sequence[Stack] = ()) -> Tensor:
+def norms(steppers: Sequence[Stepper], stacks: Iterable[Stack] = ()) -> Tensor:
     """The norm of each run's gradients, (runs,), as ``clip_grad_norm_`` computes it.
 
     Args:
         steppers: the runs'.
-        stacks: those that have shared their gradients.
+        stacks: what some of their parameters are in.
     """
     run_of = {id(p): i for i, one in enumerate(steppers) for p in one.parameters}
     wholes: dict[tuple[int, ...], list[Tensor]] = {}  # gradients in stacks, by the runs of rows
+    apart = [list(one.apart) for one in steppers]
     for stack in stacks:
-        for side, whole in ((stack.a, stack.down.grad), (stack.b, stack.up.grad)):
-            if whole is not None:
-                wholes.setdefault(tuple(run_of.pop(id(p)) for p in side), []).append(whole)
-    grads = [[p.grad for p in one.parameters if p.grad is not None and id(p) in run_of]
-             for one in steppers]  # fmt: skip
-    every: Any = torch._foreach_norm([g for own in grads for g in own]) if any(grads) else []
-    first = next((own[0] for own in (*wholes.values(), every) if own), torch.zeros(0))
-    parts = torch.stack([n.float().to(first.device) for n in every]) if every else torch.zeros(0)
-    pieces = torch.split(parts, [len(own) for own in grads])
-    terms = [torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).to(first.device)]
+        if stack.down.grad is not None and stack.up.grad is not None:
+            runs = tuple(run_of[id(p)] for p in stack.a)
+            wholes.setdefault(runs, []).extend((stack.down.grad, stack.up.grad))
+        else:
+            for p in stack.factors:
+                apart[run_of[id(p)]].append(p)
+    terms = [_norms([[p.grad for p in own if p.grad is not None] for own in apart])]
     for runs, own in wholes.items():
-        each = [torch.linalg.vector_norm(g, dim=(1, 2)).float().to(first.device) for g in own]
+        device = own[0].device
+        each = [torch.linalg.vector_norm(g, dim=(1, 2)).float().to(device) for g in own]
         found = torch.linalg.vector_norm(torch.stack(each), dim=0)
-        terms.append(torch.zeros_like(terms[0]).index_copy_(0, _index(runs, found), found))
-    return terms[0] if len(terms) == 1 else torch.linalg.vector_norm(torch.stack(terms), dim=0)
+        places = torch.tensor(runs, device=device)
+        terms.append(found.new_zeros(len(steppers)).index_copy_(0, places, found))
+    device = terms[-1].device
+    total: Tensor = torch.linalg.vector_norm(torch.stack([t.to(device) for t in terms]), dim=0)
+    return total
 
 
-def _index(places: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(places, device=like.device)
+def _norms(grads: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The norm of all tensors in each of the sequences."""
+    every: Any = torch._foreach_norm([g for own in grads for g in own]) if any(grads) else []
+    device = every[0].device if every else torch.device("cpu")
+    parts = torch.stack([n.float().to(device) for n in every]) if every else torch.zeros(0)
+    pieces = torch.split(parts, [len(own) for own in grads])
+    return torch.stack([torch.linalg.vector_norm(piece) for piece in pieces])
