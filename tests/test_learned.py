@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graftwork import LoraConfig, get_peft_model
+from graftwork.fast import learned
 from graftwork.fast.grouped import Rows
 from graftwork.fast.learned import Leaves, add
+from graftwork.fast.stack import Stacks
 
 BATCHES = [  # the adapter of each row, and the adapters' ranks
     (["a", "a", "b", "b"], (3, 3)),
@@ -82,3 +84,87 @@ def test_a_layer_is_one_node_whatever_the_adapters(adapters: int) -> None:
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g is not None and g.is_contiguous() for g in grads)
+
+
+def test_what_a_layer_gave_is_overwritten_only_where_its_backward_does_not_need_it() -> None:
+    torch.manual_seed(0)
+    rows = Rows(["a", "b"])
+    groups = rows.plan(((0, 2), (1, 2)))
+    leaves = Leaves(torch.randn(2, 2, 3), torch.randn(2, 4, 2), [1.0, 2.0], torch.float)
+    x, weight = torch.randn(2, 5, 3, requires_grad=True), torch.randn(4, 3)
+    for bias in (None, torch.randn(4)):
+        y = nn.functional.linear(x, weight, bias)
+        before = y.detach().clone()
+        found = add(y, x, groups, leaves)
+        assert found.data_ptr() == y.data_ptr()
+        low = torch.stack([leaves.scales[k] * x[k] @ leaves.a[k].mT @ leaves.b[k].mT
+                           for k in range(2)])  # fmt: skip
+        torch.testing.assert_close(found, before + low)
+    leaf = torch.randn(2, 5, 4, requires_grad=True)
+    y = leaf.exp()
+    add(y, x, groups, leaves).sum().backward()
+    torch.testing.assert_close(leaf.grad, leaf.detach().exp())
+
+
+def stacked(adapters: int) -> tuple[Stacks, list[Tensor], list[Tensor]]:
+    """Stacks, and what may be in them: A (2, 3) and B (4, 2) of each adapter."""
+    torch.manual_seed(0)
+    a = [nn.Parameter(torch.randn(2, 3)) for _ in range(adapters)]
+    b = [nn.Parameter(torch.randn(4, 2)) for _ in range(adapters)]
+    return Stacks([*a, *b]), a, b
+
+
+def test_a_stack_is_read_and_written_by_its_factors() -> None:
+    stacks, a, b = stacked(3)
+    before = [one.detach().clone() for one in (*a, *b)]
+    stack = stacks.of(a, b)
+    assert stack is not None and stacks.of(a, b) is stack
+    for one, old in zip((*a, *b), before, strict=True):
+        torch.testing.assert_close(one.detach(), old)
+    with torch.no_grad():
+        b[1].fill_(7)
+    assert bool((stack.up[1] == 7).all()) and bool((stack.up[0] != 7).all())
+    assert stacks.of(a[:2], b[:2]) is None  # they lie in another
+    stacks.release(a[:1])
+    assert not stacks.made and stacks.of(a[:2], b[:2]) is not None
+    stacks.release()
+    for one in (*a, *b):
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
+
+
+def test_a_stack_shares_gradients_with_those_from_elsewhere() -> None:
+    stacks, a, b = stacked(2)
+    stack: Any = stacks.of(a, b)
+    groups = Rows(["a", "b"]).plan(((0, 2), (1, 2)))
+    x = torch.randn(2, 5, 3)
+    loss = add(torch.zeros(2, 5, 4), x, groups, learned.leaves(
+        a, b, [1.0, 2.0], torch.float, groups, stacks
+    )).square().sum() + b[1].square().sum()  # fmt: skip
+    loss.backward()
+    found = stacks.share()
+    assert stack.shared and all(one.grad is None for one in (*a, *b))
+    other = [one.detach().clone().requires_grad_() for one in (*a, *b)]
+    low = [(k + 1) * x[k] @ other[k].mT @ other[2 + k].mT for k in range(2)]
+    (sum(y.square().sum() for y in low) + other[3].square().sum()).backward()
+    for i, (one, plain) in enumerate(zip((*a, *b), other, strict=True)):
+        grad = found[id(one)]
+        torch.testing.assert_close(grad.mT if i >= 2 else grad, plain.grad)
+    stacks.forget()
+    assert stack.down.grad is None and not stacks.share()
+
+
+def test_what_is_listened_to_or_moved_or_frozen_is_in_no_stack() -> None:
+    stacks, a, b = stacked(2)
+    handle = b[0].register_hook(lambda g: g)
+    assert stacks.of(a, b) is None
+    handle.remove()
+    assert stacks.of(a, b) is not None
+    a[0].requires_grad_(False)
+    stacks.release([])
+    assert not stacks.made and stacks.of(a, b) is None
+    a[0].requires_grad_(True)
+    assert stacks.of(a, b) is not None
+    a[1].data = moved = torch.ones(2, 3)
+    stacks.release([])
+    assert not stacks.made and a[1].data_ptr() == moved.data_ptr()

@@ -7,18 +7,19 @@ step, and its gradient is one tensor. A factor stays a tensor that can be read a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-_address = Tensor.data_ptr
+_address, _learns = Tensor.data_ptr, attrgetter("requires_grad")
+_hooks = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def _quiet(factor: Any) -> bool:
-    """Whether a factor learns, and nobody waits for its gradient within a backward."""
-    hooks = factor._backward_hooks or factor._post_accumulate_grad_hooks
-    return bool(factor.requires_grad and not hooks)
+def _quiet(factors: Iterable[Tensor]) -> bool:
+    """Whether factors learn, and nobody waits for their gradients within a backward."""
+    every = tuple(factors)
+    return all(map(_learns, every)) and not any(map(any, map(_hooks, every)))
 
 
 class Stack:
@@ -49,7 +50,7 @@ class Stack:
     def holds(self) -> bool:
         """Whether no factor was given other data since, or is listened to."""
         same = list(map(_address, self.factors)) == self.addresses
-        return same and all(map(_quiet, self.factors))
+        return same and _quiet(self.factors)
 
     def share(self) -> list[Tensor]:
         """The gradients of ``rows``; none where the factors have theirs by themselves."""
@@ -106,7 +107,7 @@ class Stacks:
             if len({*key}) < len(key) or not self.free.keys() >= {*key}:
                 return None
             kinds = {(one.dtype, one.device) for one in a + b}
-            if len(kinds) > 1 or not all(map(_quiet, a + b)):
+            if len(kinds) > 1 or not _quiet(a + b):
                 return None
             self.made[key] = Stack(a, b)
             for one in key:

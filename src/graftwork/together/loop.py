@@ -217,11 +217,9 @@ class Together:
     def _part(self) -> list[Learner]:
         """The runs that are still learning; what the others have learned is their own."""
         live = [one for one in self.learners if not one.result.ended]
-        if len(live) < self.live:
-            self.live = len(live)
-            self.lying.release(
-                p for one in self.learners if one.result.ended for p in one.held.parameters
-            )
+        gone = [one for one in self.learners if one.result.ended] if len(live) < self.live else []
+        self.live = len(live)
+        self.lying.release(p for one in gone for p in one.held.parameters)
         return live
 
     def advance(self) -> None:

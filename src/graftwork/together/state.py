@@ -138,7 +138,9 @@ class Lying:
         self.stacks.release()
 
     def release(self, factors: Iterable[Tensor]) -> None:
-        """Undo the stacks that some factors are in; the next forward makes others of the rest."""
+        """Undo the stacks that some factors are in, or no more hold; the next forward makes others
+        of the rest.
+        """
         if self.stacks.release(factors):
             for kept in self.kept:
                 kept.lie(self.stacks)
