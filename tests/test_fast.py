@@ -378,9 +378,9 @@ def test_the_gradient_of_the_gradient(rate: float) -> None:
 def test_transforms_and_compilers_see_plain_operations() -> None:
     model, x = adapted(), inputs().detach()
     want = model(x)
-    assert "LayersBackward" in names(want)
+    assert "LayersBackward" in kinds(want)
     with plain_path():
-        assert "LayersBackward" not in names(model(x))
+        assert "LayersBackward" not in kinds(model(x))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     same(compiled(x), want)
@@ -404,7 +404,7 @@ def test_transforms_and_compilers_see_plain_operations() -> None:
         same(forward, small, 1e-2)
 
 
-def names(y: Tensor) -> set[str]:
+def kinds(y: Tensor) -> set[str]:
     """The kinds of nodes in a graph."""
     found, todo = set(), [y.grad_fn]
     while todo:
@@ -424,7 +424,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_no_copy_of_weights() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = step(model, x)
         assert saved(model, x) < plain
-    assert got[0].dtype == want[0].dtype and "LayersBackward" in names(got[0])
+    assert got[0].dtype == want[0].dtype and "LayersBackward" in kinds(got[0])
     same(got[0], want[0], 0.05)
     for mine, theirs in zip(got[1], want[1], strict=True):
         assert mine.dtype == theirs.dtype and (mine - theirs).norm() < 0.05 * theirs.norm()
@@ -446,7 +446,7 @@ def test_a_layer_with_its_own_code_runs_it_once() -> None:
         want = step(model, x)
     got = step(model, x)
     same(got, want)
-    assert "ShrinkBackward" in names(got[0])
+    assert "ShrinkBackward" in kinds(got[0])
     assert model.adapters()[0].path == (
         "fast, after the layer's own product: a Own has a forward of its own"
     )
@@ -667,6 +667,40 @@ def test_master_copies_learn_in_their_dtype(alpha: int, double: Any) -> None:
     same(got, want)
     assert [g.dtype for g in got[1]] == [g.dtype for g in want[1]]
     assert any(g.dtype is torch.float64 for g in got[1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["lora", "ranks", "bias", "dora", "vera"])
+def test_many_rows_are_multiplied_by_the_sum_where_nothing_is_recorded(
+    name: str, bias: bool
+) -> None:
+    model = adapted(copy.deepcopy(CONFIGS[name]), bias).eval()
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=3, target_modules=["q", "k", "down"]))
+    shake(model, 0.05)
+    most = max(WIDTH, 2 * 32 * 48 // (32 + 48) + 1)  # from this many rows on at all layers
+    for names in (["default"], ["default", "b"]):
+        model.base_model.set_adapter(names)
+        for rows, few in ((most, False), (WIDTH // 2, True)):
+            x = torch.randn(rows, 1, WIDTH)
+            with plain_path(), torch.no_grad():
+                want = model(x)
+            with Operations() as seen, torch.no_grad():
+                same(model(x), want)
+            thin = [t for n, t in seen.seen if n == "mm" and min(t.shape) <= 21]
+            assert bool(thin) == few or name in ("dora", "vera")
+            recorded = model(x)
+            same(recorded, want)
+            assert "LayersBackward" in kinds(recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_halves_are_not_added_to_weights_that_would_round_them_away(dtype: torch.dtype) -> None:
+    model = adapted(dtype=dtype).eval()
+    with Operations() as seen, torch.no_grad():
+        model(torch.randn(64, 1, WIDTH, dtype=dtype))
+    weights = {(WIDTH, WIDTH), (48, WIDTH), (WIDTH, 48)}
+    dense = [n for n, t in seen.seen if tuple(t.shape) in weights and n not in ("t", "detach")]
+    assert dense == (["addmm"] * 14 if dtype is torch.float32 else [])
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

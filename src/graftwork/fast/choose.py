@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .bits import Dropped, Mask, Reading, reading
-from .linear import Work, begin, finish, flat, shrink
+from .linear import Work, begin, finish, flat, folded, folds, shrink
 from .plain import traced, watched
 from .plan import Own, Refused, Update, combined, own, rate_of
 from .scale import Scaled
@@ -180,13 +180,15 @@ def _lead(
     base: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A layer that may be the first of several that read one input."""
+    bias = own.bias if update.gain is None else None
+    if own.w is not None and not (update.rate or torch.is_grad_enabled()) and folds(x, own.w):
+        return finished(folded(x, own.w, bias, update.k, update.b, _factor(update)), update, own)
     several = given.numel() >= FEW * given.shape[-1]
     followers = FOLLOWERS.get(host, ()) if several else ()
     call = host.switch.current()
     others = _followers(host, followers, update, given, own, call) if followers else []
     mask = _mask(host, given, x, update.rate) if update.rate else None
     if not others and own.w is not None:
-        bias = own.bias if update.gain is None else None
         y, _ = begin(Work(mask, (update.k,)), x, (own.w,), (bias,), (update.b,), (_factor(update),))
         return finished(y, update, own)
     every = [(host, update, own), *others]
