@@ -46,7 +46,7 @@ def rows(quick: bool = False, device: str = "cpu") -> list[dict[str, Any]]:
             smaller = {"layers": 2, "rows": 2} if quick else {}
             shape = step.shape(width, dtype, device, **smaller)
             kinds = step.USUAL if width > 512 else [v for v in step.USUAL if v not in COSTS]
-            result = step.measure(shape, 3 if quick else 15, kinds)
+            result = step.measure(shape, 3 if quick else 9, kinds)
             print(step.table(result), flush=True)
         found += of_a_shape(result, width, dtype)
     return found
