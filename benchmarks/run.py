@@ -139,6 +139,10 @@ def child(module: str, out: Path, quick: bool, device: str, threads: int) -> Non
     import torch
     import transformers
 
+    from graftwork.fast import heap
+
+    heap.keep()  # for all variants; docs/performance.md says why
+
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(threads)
     known = inspect.signature(rows).parameters

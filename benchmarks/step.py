@@ -37,6 +37,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from graftwork.fast import heap
+
 RANK, DROPOUT, RATE, SEED = 8, 0.05, 1e-4, 0
 LAYERS = {256: 32, 512: 8, 1024: 4, 2048: 4}  # by width, where nothing else is said
 
@@ -451,6 +453,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
+    heap.keep()  # for all variants; docs/performance.md says why
     names = ("layers", "mlp", "heads", "vocabulary", "rows", "length")
     more = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     widths = args.width or ([512, 1024] if args.device == "cpu" else [2048])

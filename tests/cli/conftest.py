@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from graftwork.fast import heap
+
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
@@ -15,3 +17,11 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """How often the allocator was asked to keep what is freed; that of the tests is left alone."""
+    asked: list[bool] = []
+    monkeypatch.setattr(heap, "keep", lambda: asked.append(True))
+    return asked

@@ -81,6 +81,14 @@ def test_the_version() -> None:
     assert graft("--version").output.startswith("graftwork ")
 
 
+def test_training_keeps_what_a_step_frees(
+    bert: Path, data: Path, tmp_path: Path, kept: list[bool]
+) -> None:
+    words = ("--model", bert, "--data", data, "--output", tmp_path / "out", "--steps", 2)
+    assert graft("train", *words, "--plan").exit_code == 0 and not kept
+    assert graft("train", *words).exit_code == 0 and kept == [True]
+
+
 def test_training_shows_a_plan_and_a_result(bert: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = graft("train", "--model", bert, "--data", data, "--output", out, "--steps", 3, "--r", 2)

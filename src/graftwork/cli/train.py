@@ -131,6 +131,7 @@ def _run(
         recipe, remarks = build(flags, file, path or "")
         for remark in remarks:
             message(remark)
+    from ..fast import heap
     from ..train import show
     from ..train.prepare import prepare
     from ..train.run import train
@@ -143,6 +144,7 @@ def _run(
             if as_json:
                 show_json(show.plan_json(prepared))
             return
+        heap.keep()  # this process does nothing else
         found = train(recipe, screen, resume)
     finally:
         screen.close()
