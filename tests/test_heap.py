@@ -51,6 +51,7 @@ def test_both_bounds_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in heap.VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
     assert heap.keep() and Library.asked == [(-1, 2**31 - 1), (-3, 2**25)]
     Library.answers = False
