@@ -693,6 +693,13 @@ def test_many_rows_are_multiplied_by_the_sum_where_nothing_is_recorded(
             assert "LayersBackward" in kinds(recorded)
 
 
+def test_what_is_not_recorded_in_training_has_the_bits_of_what_is() -> None:
+    model, x = adapted(), torch.randn(64, 1, WIDTH)  # as checkpointing needs it, which repeats it
+    with torch.no_grad():
+        y = model(x)
+    assert torch.equal(y, model(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_halves_are_not_added_to_weights_that_would_round_them_away(dtype: torch.dtype) -> None:
     model = adapted(dtype=dtype).eval()
