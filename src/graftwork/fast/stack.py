@@ -117,7 +117,11 @@ class Stacks:
 
     def share(self) -> dict[int, Tensor]:
         """The gradients of rows, by the id of the factor."""
-        return {i: g for s in self.made.values() for i, g in zip(s.ids, s.share(), strict=False)}
+        found: dict[int, Tensor] = {}
+        for stack in self.made.values():
+            if rows := stack.share():
+                found.update(zip(stack.ids, rows, strict=True))
+        return found
 
     def rows(self) -> dict[int, tuple[Tensor, bool]]:
         """The rows and whether they are the factor transposed, by the id of the factor."""
