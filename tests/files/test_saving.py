@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
-from shapes import base, bits, loras, one, told
+from shapes import SHAPES, base, bits, loras, one, told
 
 from graftwork import (
     AutoPeftModelForCausalLM,
@@ -244,6 +244,45 @@ def test_a_folder_that_changes_while_it_is_read(
     monkeypatch.setattr(kind, "from_pretrained", mixture)
     found = AutoPeftModelForCausalLM.from_pretrained(folder)
     assert torch.equal(run(found, "llama"), run(models[1], "llama"))
+
+
+@pytest.mark.parametrize("shape", ["in training", "several", "X-LoRA"])
+def test_a_file_that_takes_its_place_while_it_is_read(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (first, second) = tmp_path / "adapter", map(SHAPES[shape].saver, (0, 1))
+    second(folder)
+    want = SHAPES[shape].facts(folder)
+    first(folder)
+    real, place = os.replace, atomic.find
+
+    def stop(old: Any, new: Any) -> None:  # after the commit, before anything has its place
+        if Path(new).name not in (atomic.COMMITTED, Path(old).name + atomic.DEAD):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(old, new)
+
+    with monkeypatch.context() as broken, pytest.raises(FileError, match="can be loaded from"):
+        broken.setattr(os, "replace", stop)
+        second(folder)
+    shutil.copytree(folder, tmp_path / "committed")
+    (staged,) = folder.glob(".graftwork-????????????????")
+    every = {path for path in staged.rglob("*") if path.is_file() and path.name != CARD}
+    moved = set()
+    for taken in sorted(every):
+
+        def find(where: Path, name: str, taken: Path = taken) -> Path | None:
+            found = place(where, name)
+            if found == taken:  # it is moved between this and its opening
+                real(taken, where / name)
+                moved.add(taken)
+            return found
+
+        monkeypatch.setattr(atomic, "find", find)
+        assert SHAPES[shape].facts(folder) == want
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "committed", folder)
+    assert moved == every
 
 
 # -- downloads

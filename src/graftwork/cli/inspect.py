@@ -99,6 +99,7 @@ def _found(folder: str) -> Found:
     """What the config and the header of the weights say."""
     from pathlib import Path
 
+    from ..files.atomic import settled
     from ..files.contents import changed, grouped, read_header
     from ..files.folder import config_of, note_of
     from ..files.hub import Source
@@ -108,7 +109,7 @@ def _found(folder: str) -> Found:
     folder = _checked(path, folder)
     source = Source(folder)
     config = config_of(source)
-    held, size = read_header(source)
+    held, size = settled(source.at, lambda: read_header(source))
     note = bundle.read(path) if (path / bundle.NOTE).is_file() else None
     named = config.base_model_name_or_path if note is None else note.base
     kind = (note_of(source).get("identity") or {}).get("class")

@@ -188,7 +188,7 @@ def settled(folder: Path | None, read: Callable[[], T]) -> T:
 
 
 def _state(folder: Path) -> list[Any]:
-    """What differs as soon as something else is committed."""
+    """What differs as soon as something else is committed, or one of its files takes its place."""
     every = folder.absolute()
     places = [place / COMMITTED for place in (every, *every.parents[:DEEP])]
     found: list[Any] = []
@@ -198,6 +198,8 @@ def _state(folder: Path) -> list[Any]:
             found.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
         except OSError:
             found.append(None)
+    for _, staged in waiting(every):
+        found.append(sorted((where, *sorted(names)) for where, _, names in os.walk(staged)))
     return found
 
 

@@ -17,6 +17,7 @@ from ..engine.forwards import each_forward
 from ..engine.switch import BASE
 from ..engine.tree import parts
 from ..errors import FileError, StateError, did_you_mean, warn
+from ..files.atomic import settled
 from ..files.folder import WEIGHTS
 from ..files.hub import Source
 from ..targets.names import check_name
@@ -264,8 +265,12 @@ class AdapterCache:
     def _file_size(self, where: Where) -> int:
         if self.max_bytes is None or not os.path.isdir(where):
             return 0
-        path = Source(where, self.options.get("subfolder")).find(WEIGHTS)
-        return 0 if path is None else path.stat().st_size
+        source = Source(where, self.options.get("subfolder"))
+
+        def size() -> int:
+            return 0 if (path := source.find(WEIGHTS)) is None else path.stat().st_size
+
+        return settled(source.at, size)
 
     def _size(self, name: str) -> int:
         own = (p for n, p in parts(self.model.get_base_model()) if n == name)
