@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bits import Mask
-from .thin import across, narrow
+from .thin import across, ending, narrow
 
 EXACT = (torch.float32, torch.float64)
 
@@ -83,14 +83,15 @@ def split(x: Tensor, ranks: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
 
 def lower(kept: Sequence[Tensor], mask: Mask | None, ds: Tensor, a: Sequence[Tensor]) -> Any:
     """The gradients of the factors A (r, in), from those of x A'."""
-    every = like(across(ds, dropped(kept, mask)), a[0].dtype)
+    x, dtype = dropped(kept, mask), a[0].dtype
+    every = ending(ds.t(), x, dtype) if x.is_cuda else like(across(ds, x), dtype)
     return split(every, [one.shape[0] for one in a])
 
 
 def upper(s: Tensor, g: Tensor, k: float, b: Tensor) -> Tensor:
     """The gradient k g' s of B (out, r), from g (rows, out) and s (rows, r)."""
     if g.is_cuda:  # whose products take any layout
-        db = like(torch.mm(g.t(), s), b.dtype)
+        db = ending(g.t(), s, b.dtype)
         return db if k == 1 else db.mul_(k)
     db = across(s, g)  # the layout that reads g as it lies
     db = (db if k == 1 else db.mul_(k)).t()

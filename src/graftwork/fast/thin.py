@@ -14,6 +14,9 @@ MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 PARTS = 8  # of the rows, as one batch
 RANKS = range(5, 16)  # 4 and 16 columns are MKL's own
 ROWS, MANY = 256, 512
+HALVES = (torch.bfloat16, torch.float16)
+# whether products on a GPU can end in another dtype than their factors'
+WIDE = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
 
 
 def _slow(x: Tensor) -> bool:
@@ -36,3 +39,11 @@ def across(s: Tensor, x: Tensor) -> Tensor:
         halves = x.view(rows, 2, n // 2).transpose(0, 1)
         return torch.bmm(s.t().expand(2, r, rows), halves).transpose(0, 1).reshape(r, n)
     return torch.mm(s.t(), x)
+
+
+def ending(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y in a dtype; on a GPU without a kernel that converts it, and without its rounding."""
+    if WIDE and x.is_cuda and dtype is torch.float32 and x.dtype in HALVES:
+        return torch.mm(x, y, out_dtype=dtype)
+    found = torch.mm(x, y)
+    return found if found.dtype is dtype else found.to(dtype)
