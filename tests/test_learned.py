@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graftwork import LoraConfig, get_peft_model
-from graftwork.fast import learned
+from graftwork import LoraConfig, Run, get_peft_model, train_together
+from graftwork.fast import learned, plain_path
 from graftwork.fast.grouped import Rows
 from graftwork.fast.learned import Leaves, add
+from graftwork.fast.many import many
 from graftwork.fast.stack import Stacks
 
 BATCHES = [  # the adapter of each row, and the adapters' ranks
@@ -104,6 +106,61 @@ def test_what_a_layer_gave_is_overwritten_only_where_its_backward_does_not_need_
     y = leaf.exp()
     add(y, x, groups, leaves).sum().backward()
     torch.testing.assert_close(leaf.grad, leaf.detach().exp())
+
+
+@pytest.mark.parametrize("k", [1.0, 2.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_with_all_its_adapters_is_right_and_can_be_differentiated(
+    bias: bool, k: float
+) -> None:
+    torch.manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.double, requires_grad=True)
+
+    p, q, w = drawn(4, 3, 5), drawn(4, 3, 5), torch.randn(6, 5, dtype=torch.double)
+    shift, b, a = drawn(6) if bias else None, drawn(2, 2, 6), drawn(2, 2, 5)
+    given = [one for one in (p, q, b, a, shift) if one is not None]
+
+    def of_a_product(p: Tensor, q: Tensor, b: Tensor, a: Tensor, *bias: Tensor) -> Tensor:
+        return many(p * q, w, bias[0] if bias else None, b, a, k)
+
+    found, x = of_a_product(*given), p * q
+    for i in range(4):
+        low = k * x[i] @ a[i // 2].mT @ b[i // 2]
+        torch.testing.assert_close(found[i], nn.functional.linear(x[i], w, shift) + low)
+    assert torch.autograd.gradcheck(of_a_product, given)
+    assert torch.autograd.gradgradcheck(of_a_product, given)
+
+
+@pytest.mark.parametrize("change", ["none", "hook", "scales", "dropout", "bf16", "plain path"])
+def test_runs_at_a_layer_are_one_node_with_it_where_that_is_all(change: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    if change == "hook":
+        for layer in (model[0], model[2]):
+            layer.register_forward_hook(lambda *_: None)
+    if change == "bf16":
+        model.bfloat16()
+    drop = 0.5 if change == "dropout" else 0.0
+    alphas = {f"r{i}": 4 + i if change == "scales" else 4 for i in range(3)}
+    runs = [
+        Run(n, LoraConfig(r=2, lora_alpha=a, target_modules=["0", "2"], lora_dropout=drop), steps=2)
+        for n, a in alphas.items()
+    ]
+    seen: list[Counter[str]] = []
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        value: Tensor = (outputs.float() - batch["y"]).square().mean()
+        seen.append(Counter(nodes(value)))
+        return value
+
+    dtype = model[0].weight.dtype
+    data = [{"input": torch.randn(2, 6, dtype=dtype), "y": torch.randn(2, 6)} for _ in range(2)]
+    with plain_path() if change == "plain path" else nullcontext():
+        train_together(model, runs, data, loss=loss)
+    one = change in ("none", "bf16")
+    assert {c["ManyBackward"] for c in seen} == {2 if one else 0}
+    assert {c["ProductsBackward"] for c in seen} == {0 if one else 2}
 
 
 def stacked(adapters: int) -> tuple[Stacks, list[Tensor], list[Tensor]]:

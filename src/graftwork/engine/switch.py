@@ -100,11 +100,12 @@ class Switch:
         """The inputs of a layer in a mixed batch by adapter, sorted once for all layers."""
         if torch.compiler.is_compiling():  # which asks whether what it has read is as it was
             return Rows(expand(rows, len(x), path))
-        key = rows, len(x), x[0].numel() > FEW * x.shape[-1]
-        if len(x) == len(rows) and (found := self.batches.get(key)):
+        n = x.shape[0]
+        key = rows, n, x.numel() > n * FEW * x.shape[-1]
+        if n == len(rows) and (found := self.batches.get(key)):
             return found
         order = () if key[2] else tuple(self.configs)
-        return self.batches.add(key, expand(rows, len(x), path), order)
+        return self.batches.add(key, expand(rows, n, path), order)
 
     def current(self) -> Call:
         """The choice that holds here and now."""

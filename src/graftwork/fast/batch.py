@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
-from . import choose, mix
+from . import choose, mix, plan
+from .plain import watched
 from .rows import expand, join, take, tensors_in
 
 TOGETHER = ("",)  # instead of names: the rows that share one pass; a name is never empty
@@ -63,8 +64,13 @@ def joint(
         y = y if y.dtype == dtype else y.to(dtype)
         return y.clone() if host.base_layer._forward_hooks else y  # which may hold it
 
+    def own() -> plan.Own:
+        more = len(args) > 1 or named or x.dtype != dtype or not host.site.product or watched(x)
+        found = plan.Own(None, None) if more else plan.own(host)
+        return found if found.w is None or found.w.dtype == dtype else plan.Own(None, None)
+
     batch = host.switch.batch(rows, x, host.path)
-    return mix.layer(host.stacks, batch, host.adapters._modules, host.alone, x, base, dtype)
+    return mix.layer(host.stacks, batch, host.adapters._modules, host.alone, x, base, dtype, own)
 
 
 def _open(host: Any) -> bool:

@@ -18,6 +18,8 @@ from . import grouped, learned
 from . import stack as stacked
 from .grouped import Rows
 from .learned import Leaves, Lying
+from .many import many
+from .plan import Own
 from .watch import Kept, Watch, numel
 
 LARGER = 2  # factors that are computed from far fewer numbers are not kept: VeRA's, UniLoRA's
@@ -175,6 +177,7 @@ def layer(
     x: Tensor,
     base: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
+    own: Callable[[], Own],
 ) -> Tensor | None:
     """The output of a layer for all rows; None where an adapter needs more than that.
 
@@ -186,9 +189,28 @@ def layer(
         x: the input (rows, ..., in).
         base: the base layer's output in ``dtype``, a tensor of its own that may be written to.
         dtype: that of the output, in which the products are computed.
+        own: how the base layer computes its product, where that can be done here.
     """
     found = find(kept, rows, holder, parts_of, dtype)
-    return None if found is None else run(*found, rows, x, base, dtype)
+    if found is None:
+        return None
+    alike = _alike(*found, rows) if x.numel() else None
+    if alike is not None and (mine := own()).w is not None:
+        return many(x, mine.w, mine.bias, *alike)
+    return run(*found, rows, x, base, dtype)
+
+
+def _alike(mix: Mix, stacks: Stacks, rows: Rows) -> tuple[Tensor, Tensor, float] | None:
+    """B', A and a scale for ``many``; None where the adapters need more than that."""
+    if stacks is not mix.leaves or len(mix.levels) > 1 or not stacks.factors:
+        return None
+    level, lying, groups = mix.levels[0], stacks.factors[0], rows.plan(stacks.terms[0])
+    assert isinstance(lying, Lying)
+    if level.drop or level.own or len(groups) > 1 or not groups[0].whole:
+        return None
+    k = lying.scales[0]
+    (stack,) = lying.stacks
+    return (stack.up, stack.down, k) if lying.scales.count(k) == len(lying.scales) else None
 
 
 def _planned(
