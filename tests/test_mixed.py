@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from graftwork import (
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
 )
+from graftwork.fast import chunks
 from graftwork.fast.grouped import Rows, cut
 from graftwork.interop.helpers import rescale_adapter_scale
 from graftwork.testing import laws
@@ -154,18 +157,70 @@ def test_many_ranks_take_few_products() -> None:
         model(x, adapter_names=names)
         with Operations() as seen:
             close(model(x, adapter_names=names), want)
-    assert seen.names["bmm"] == 2 * 2 * 4  # layers, products, ranks 1, 2, 4 and 8
+    assert seen.names["bmm"] == seen.names["baddbmm_"] == 2  # one of each at both layers
 
 
-def test_the_rows_are_sorted_once_for_all_layers() -> None:
+def cost(ranks: Sequence[int], cuts: Sequence[int]) -> int:
+    """What cutting ranks there costs."""
+    return sum(
+        sum(rank > low for rank in ranks) * (high - low) + chunks.COST
+        for low, high in itertools.pairwise(cuts)
+    )
+
+
+def test_ranks_are_cut_where_zeros_and_products_cost_least() -> None:
+    random = Random(0)
+    for _ in range(30):
+        ranks = [random.choice((1, 2, 8, 16, 64, 100, 128)) for _ in range(random.randint(1, 40))]
+        cuts, inner = chunks.cut(ranks), sorted({*ranks})[:-1]
+        assert cuts[0] == 0 and cuts[-1] == max(ranks)
+        every = [
+            [0, *some, max(ranks)]
+            for n in range(len(inner) + 1)
+            for some in itertools.combinations(inner, n)
+        ]
+        assert cost(ranks, cuts) == min(cost(ranks, one) for one in every)
+    ranks = [4 + 60 * i // 63 for i in range(64)]
+    cuts = chunks.cut(ranks)
+    assert len(cuts) - 1 <= 8
+    assert cost(ranks, cuts) - chunks.COST * (len(cuts) - 1) < 1.1 * sum(ranks)
+    assert chunks.cut([8] * 5) == [0, 8]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_products_of_any_ranks_and_rows_are_right(in_place: bool) -> None:
+    random, gen = Random(1), torch.Generator().manual_seed(0)
+    for case in range(60):
+        owners = random.choices(["a", "b", "c", "d", "e", ""], k=random.randint(1, 12))
+        rows = Rows(sorted(owners) if case % 2 else owners)
+        ranks = random.choices((0, 1, 2, 9, 40, 90), k=len(rows.names))
+        terms = tuple((k, ranks[k]) for k, name in enumerate(rows.names) if name)
+        a = [torch.randn(r, 5, generator=gen, dtype=torch.double) for _, r in terms]
+        b = [torch.randn(4, r, generator=gen, dtype=torch.double) for _, r in terms]
+        x = torch.randn(len(owners), 3, 5, generator=gen, dtype=torch.double)
+        y = torch.randn(len(owners), 3, 4, generator=gen, dtype=torch.double)
+        want = y.clone()
+        for (k, _), down, up in zip(terms, a, b, strict=True):
+            want[rows.where[k]] += x[rows.where[k]] @ down.mT @ up.mT
+        by, before = rows.sorted(terms), y.clone()
+        factors = chunks.stacks(by, a, b, torch.double, keep=in_place)
+        found = chunks.add(y, x, by, factors, in_place)
+        torch.testing.assert_close(found, want)
+        assert in_place or torch.equal(y, before)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_rows_are_sorted_once_for_all_layers(learns: bool) -> None:
     model, x = three(), inputs()
     switch = model.base_model.switch
-    model(x, adapter_names=ROWS)
-    (rows,) = switch.batches.values()
-    plans = {terms: id(groups) for terms, groups in rows.plans.items()}
-    model(x, adapter_names=ROWS)
+    with torch.set_grad_enabled(learns):
+        model(x, adapter_names=ROWS)
+        (rows,) = switch.batches.values()
+        plans: dict[Any, Any] = dict(rows.plans if learns else rows.orders)
+        model(x, adapter_names=ROWS)
     assert list(switch.batches.values()) == [rows] and len(plans) == 1
-    assert {terms: id(groups) for terms, groups in rows.plans.items()} == plans
+    again: dict[Any, Any] = rows.plans if learns else rows.orders
+    assert all(again[terms] is plan for terms, plan in plans.items()) and len(again) == 1
     assert Rows(["b", "a", "b"], ["a", "b"]).names == ("a", "b")
     assert Rows(["b", "a", "b"]).where == [[0, 2], [1]]
 

@@ -1,4 +1,4 @@
-"""Low-rank products of many adapters in one batch: y[i] += B[k] A[k] x[i], k the adapter of row i.
+"""Whose the rows of a mixed batch are, and the batched products with factors that learn.
 
 Rows of one adapter are one factor of a batched product, and adapters of one rank and one number of
 rows are one batched product. Where the ranks are many, each is cut at the powers of two that it is
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .chunks import Sorted
 
 FEW = 8  # tokens a row: with no more, moving inputs is cheaper than moving factors
 MANY = 16  # batches that are remembered
@@ -63,6 +65,7 @@ class Rows:
         self.key = self.names, tuple(map(len, self.where))
         self.n = len(owners)
         self.plans: dict[tuple[tuple[int, int], ...], list[Group]] = {}
+        self.orders: dict[tuple[tuple[int, int], ...], Sorted] = {}
         every = Group(0, [], self._owners(), False)
         self.owner = every.index  # device -> which of ``names`` each row has, (rows,)
 
@@ -74,10 +77,16 @@ class Rows:
         return owners
 
     def plan(self, terms: tuple[tuple[int, int], ...]) -> list[Group]:
-        """The products for terms, each the number of its adapter and a rank."""
+        """The products for terms that learn, each the number of its adapter and a rank."""
         if terms not in self.plans:
             self.plans[terms] = self._plan(terms)
         return self.plans[terms]
+
+    def sorted(self, terms: tuple[tuple[int, int], ...]) -> Sorted:
+        """The products for such terms, where nothing learns."""
+        if terms not in self.orders:
+            self.orders[terms] = Sorted(self.where, terms, self.n)
+        return self.orders[terms]
 
     def _plan(self, terms: tuple[tuple[int, int], ...]) -> list[Group]:
         counts: dict[int, list[int]] = {}
@@ -116,68 +125,6 @@ def cut(ranks: Sequence[tuple[int, int]]) -> dict[int, list[Piece]]:
                 parts.setdefault(1 << bit, []).append((t, begin))
                 begin += 1 << bit
     return whole if len(whole) <= len(parts) else parts
-
-
-def stacks(
-    groups: Sequence[Group],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    dtype: torch.dtype,
-    keep: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """The factors of each group: A (pieces, in, rank), a view, and B (pieces, rank, out).
-
-    Args:
-        groups: from ``Rows.plan``.
-        a: A (r, in) of each term.
-        b: B (out, r) of each term.
-        dtype: of the stacks.
-        keep: they are used many times, so B is laid out the way in which it is read.
-    """
-    made = []
-    for group in groups:
-        ends = [(t, begin, begin + group.rank) for t, begin in group.pieces]
-        down = torch.stack([a[t][i:j] if a[t].shape[0] != j - i else a[t] for t, i, j in ends])
-        up = torch.stack([b[t][:, i:j] if b[t].shape[1] != j - i else b[t] for t, i, j in ends])
-        up = up.to(dtype).mT
-        made.append((down.to(dtype).mT, up.contiguous() if keep else up))
-    return made
-
-
-def add(
-    y: Tensor,
-    x: Tensor,
-    groups: Sequence[Group],
-    factors: Sequence[tuple[Tensor, Tensor]],
-    in_place: bool,
-) -> Tensor:
-    """y + B A x by rows.
-
-    Args:
-        y: (rows, tokens, out); contiguous where ``in_place``, and overwritten.
-        x: (rows, tokens, in).
-        groups: from ``Rows.plan``.
-        factors: from ``stacks``.
-        in_place: nothing is recorded for a backward, and y may be written to.
-    """
-    updates, places = [], []
-    for group, (down, up) in zip(groups, factors, strict=True):
-        n, rows = len(group.pieces), None if group.whole else group.index(x.device)
-        taken = x if rows is None else x.index_select(0, rows)
-        h = torch.bmm(taken.reshape(n, -1, x.shape[2]), down)
-        if rows is None:
-            flat = y.reshape(n, -1, y.shape[2])
-            y = (flat.baddbmm_(h, up) if in_place else torch.baddbmm(flat, h, up)).view(y.shape)
-            continue
-        update = torch.bmm(h, up).view(-1, *y.shape[1:])
-        if in_place:
-            y.index_add_(0, rows, update)
-        else:
-            updates.append(update)
-            places.append(rows)
-    if updates:  # at once, since each would copy y
-        y = y.index_add(0, torch.cat(places), torch.cat(updates))
-    return y
 
 
 def by_row(table: Tensor, owner: Tensor) -> Tensor:

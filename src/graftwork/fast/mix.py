@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import grouped, learned
+from . import chunks, grouped, learned
 from . import stack as stacked
 from .grouped import Rows
 from .learned import Leaves, Lying
@@ -66,8 +66,8 @@ class Stacks:
     """The tensors of all adapters, put together.
 
     Args:
-        terms: of each level, for ``Rows.plan``.
-        factors: of each level, for ``grouped.add``; while adapters learn, for ``learned.add``.
+        terms: of each level, for ``Rows.plan`` and ``Rows.sorted``.
+        factors: of each level, for ``chunks.add``; while adapters learn, for ``learned.add``.
         shifts: of each level, (adapters, out) or None.
         gains: of the inputs and of the outputs, (adapters, d) or None.
     """
@@ -235,8 +235,13 @@ def _planned(
 
 
 def _size(stacks: Stacks) -> int:
-    every = [level for level in stacks.factors if not isinstance(level, Leaves)]
-    return sum(t.numel() for level in every for pair in level for t in pair)
+    """How many numbers the factors have."""
+    found = 0
+    for terms, level in zip(stacks.terms, stacks.factors, strict=True):
+        if level and not isinstance(level, Leaves):
+            down, up = level[0]
+            found += sum(rank for _, rank in terms) * (down.shape[1] + up.shape[2])
+    return found
 
 
 def _lies(stacks: Stacks) -> bool:
@@ -268,7 +273,7 @@ def stack(
         made.factors.append(
             learned.leaves(a, b, scales, dtype, rows.plan(terms), lying)
             if learning
-            else grouped.stacks(rows.plan(terms), a, b, dtype, keep)
+            else chunks.stacks(rows.sorted(terms), a, b, dtype, keep)
         )
         given = {k: shift for k, shift in zip(numbers, shifts, strict=True) if shift is not None}
         made.shifts.append(_table(given, len(mix.scaling), 0.0, dtype))
@@ -329,11 +334,11 @@ def run(
     for i, level in enumerate(mix.levels):
         taken = _dropped(rows, level, x)
         taken = taken if taken.dtype == dtype else taken.to(dtype)
-        groups, factors = rows.plan(stacks.terms[i]), stacks.factors[i]
+        terms, factors = stacks.terms[i], stacks.factors[i]
         if isinstance(factors, Leaves):
-            flat = learned.add(flat, taken, groups, factors)
+            flat = learned.add(flat, taken, rows.plan(terms), factors)
         else:
-            flat = grouped.add(flat, taken, groups, factors, free)
+            flat = chunks.add(flat, taken, rows.sorted(terms), factors, free)
         if (shifts := stacks.shifts[i]) is not None:
             each = grouped.by_row(shifts, rows.owner(x.device))
             flat = flat.add_(each) if free else flat + each
