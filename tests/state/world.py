@@ -50,7 +50,7 @@ class World(Ground):
 
     def attach_broken(self, slot: str, old: str, name: str, trainable: bool) -> None:
         """A file that lacks a tensor is refused as a whole."""
-        if (slot, old) not in self.files:
+        if (saved := self.files.get((slot, old))) is None:
             return
         folder = self.folder / "broken"
         shutil.copytree(self.path(slot, old), folder)
@@ -58,7 +58,10 @@ class World(Ground):
         tensors = load_file(file)
         with safe_open(file, "pt") as old_file:
             note = old_file.metadata()
-        del tensors[sorted(tensors)[len(self.counts) % len(tensors)]]
+        # without the copy at the other end of a tied weight it is a file of a model that ties none
+        spare = set() if self.reference.tied else saved.shared.keys()
+        lost = [n for n, short in zip(tensors, plain(tensors), strict=True) if short not in spare]
+        del tensors[sorted(lost)[len(self.counts) % len(lost)]]
         save_file(tensors, file, note)
 
         def real() -> None:
@@ -288,7 +291,7 @@ class World(Ground):
             for key, tensor in self.model.state_dict().items():
                 self.near(tensor, base[key], f"{key} after merge_and_unload")
                 base[key] = tensor.detach().clone()
-            if self.reference.tied and not torch.equal(base["embed.weight"], base["head.weight"]):
+            if self.reference.tied and self.net.embed.weight is not self.net.head.weight:
                 self.reference.tied = False
                 self.reference.trainable |= {"head.weight"} & {
                     n.replace("embed", "head") for n in self.reference.trainable
