@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Item:
     alike: bool = False
     place: int = 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """How many rows it has."""
         return next((len(t) for t in tensors_in(self.batch) if t.ndim), 0)
