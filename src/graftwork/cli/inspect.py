@@ -108,11 +108,12 @@ def _found(folder: str) -> Found:
     path = Path(folder).expanduser()
     folder = _checked(path, folder)
     source = Source(folder)
-    config = config_of(source)
-    held, size = settled(source.at, lambda: read_header(source))
+    config, (held, size), told = settled(
+        source.at, lambda: (config_of(source), read_header(source), note_of(source))
+    )
     note = bundle.read(path) if (path / bundle.NOTE).is_file() else None
     named = config.base_model_name_or_path if note is None else note.base
-    kind = (note_of(source).get("identity") or {}).get("class")
+    kind = (told.get("identity") or {}).get("class")
     groups, options = grouped(config, held), changed(config)
     return Found(folder, config, held, size, groups, options, note, named or None, kind)
 
