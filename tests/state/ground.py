@@ -58,16 +58,13 @@ class Ground:
             return  # of a plain model nothing can be asked
         self.reference.warns = []
         torch.manual_seed(sum(self.counts.values()))
-        refused = self.counts["refused"]
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             getattr(self, name)(*arguments)
         self.counts[name] += 1
         loads = ("load", "swap", "attach_saved", "attach_broken")
         free = FREE if "cat" in op or name in loads else ()
-        # a file that is refused, or taken as other values, may have been told of that before
-        told = name == "swap" or (name in loads and self.counts["refused"] > refused)
-        free = (*free, "ensure_weight_tying") if told else free
+        free = (*free, "ensure_weight_tying") if name in ("attach_broken", "swap") else free
         texts = [str(w.message) for w in seen]
         texts = [text for text in texts if not any(may in text for may in free)]
         wants = self.reference.warns

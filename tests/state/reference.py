@@ -132,18 +132,26 @@ class Reference:
 
     # -- operations
 
-    def enter(self, name: str, record: Record) -> None:
-        """One more adapter."""
+    def free(self, name: str) -> None:
+        """A name that an adapter can get now."""
         self.named(name)
         if self.merged:
             raise Refused("adapters are merged")
+
+    def tell(self, record: Record) -> None:
+        """What a new adapter wishes in vain."""
+        if getattr(record.config, "ensure_weight_tying", False) and not self.tied:
+            self.warns.append("ensure_weight_tying has no effect")
+
+    def enter(self, name: str, record: Record) -> None:
+        """One more adapter."""
+        self.free(name)
         first = not self.adapters
         self.adapters[name], record.tied = record, self.tied
         if first:
             self.active = self.chosen = (name,)
         record.trains = first and not record.inference
-        if getattr(record.config, "ensure_weight_tying", False) and not self.tied:
-            self.warns.append("ensure_weight_tying has no effect")
+        self.tell(record)
         self.wrapped = True
 
     def choose(self, names: Sequence[str], inference: bool) -> None:

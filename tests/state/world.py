@@ -107,6 +107,8 @@ class World(Ground):
             raise Refused("there is no folder|so it is no adapter folder")
         record = Record(file.label, file.config, inference=not trainable)
         if record.ties and file.tied != self.reference.tied:
+            self.reference.free(name)
+            self.reference.tell(record)
             raise Refused("")
         self.reference.enter(name, record)
         record.take(file.tensors)
