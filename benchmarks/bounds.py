@@ -3,12 +3,16 @@
     python benchmarks/bounds.py
 
 Each line has a floor that no code can be below: factors are read once, the base runs once, a step
-has the frozen forward and the gradient of its input; beside it what was measured in the same run.
+has the frozen forward and the gradient of its input. Beside it is what was measured in the same run,
+and how long some parts of that take by Python's profiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
+import re
 import warnings
 from collections.abc import Callable
 from statistics import median
@@ -21,17 +25,38 @@ import graftwork
 import mixed
 import step
 import together
+from graftwork import Run, train_together
 from graftwork.engine.tree import parts
 from graftwork.fast import heap
 
 ROUNDS = 11
 Runs = dict[str, Callable[[], Any]]
+# what a run beyond the base consists of -> the functions, as the profiler of Python knows them
+THIN = ("bmm", "baddbmm_", "index_add_", "index_select")
+DECODING = {"products of factors": THIN, "seeing that nothing was changed": ("same", "unwritten")}
+TRAINING = {"products of factors": THIN, "AdamW and norms": ("_fused_adamw_", "norms")}
 
 
 def milliseconds(runs: Runs) -> dict[str, float]:
     """Medians of interleaved rounds."""
     times = step.interleaved(runs, ROUNDS)
     return {name: 1e3 * median(each) for name, each in times.items()}
+
+
+def spent(profiler: cProfile.Profile, parts: dict[str, tuple[str, ...]], runs: int) -> str:
+    """Milliseconds of a run in each of the parts."""
+    known: Any = pstats.Stats(profiler)
+    found = []
+    for part, names in parts.items():
+        each = [of[3] for (_, _, name), of in known.stats.items() if _short(name) in names]
+        found.append(f"{part} {1e3 * sum(each) / runs:.1f} ms")
+    return ", ".join(found)
+
+
+def _short(name: str) -> str:
+    """``bmm`` of ``<built-in method torch.bmm>``, and so on."""
+    match = re.search(r"method '?([\w.]+)", name)
+    return (match[1] if match else name).rpartition(".")[2]
 
 
 def decode() -> str:
@@ -51,10 +76,14 @@ def decode() -> str:
                 "read": numbers.sum,
             }
         )
+        with cProfile.Profile() as profiler:
+            for _ in range(ROUNDS):
+                model(input_ids=ids, adapter_names=names)
     return (
         f"decode: base {found['base']:.0f} ms; {numbers.nbytes / 1e6:.0f} MB of factors are read "
         f"in {found['read']:.0f} ms, so at least {1 + found['read'] / found['base']:.2f}; "
-        f"here {found['ours'] / found['base']:.2f} (bound {shape.bound})"
+        f"here {found['ours'] / found['base']:.2f} (bound {shape.bound}): "
+        + spent(profiler, DECODING, ROUNDS)
     )
 
 
@@ -75,10 +104,14 @@ def several() -> list[str]:
             found = milliseconds({"floor": floor, "alone": lambda one=one: one(0)})
         most = adapters * found["alone"] / found["floor"]
         got = together.ratio(256, 8, adapters, tokens, ROUNDS)
+        profiler = cProfile.Profile()
+        runs = [Run(f"p{i}", together.config(), steps=ROUNDS) for i in range(adapters)]
+        model = together.base(256, 8)
+        profiler.runcall(train_together, model, runs, data)
         lines.append(
             f"train_together, {adapters} x {tokens}: alone {found['alone']:.1f} ms each, the base "
             f"for all {found['floor']:.0f} ms, so at most {most:.2f}; here {got:.2f} "
-            f"(bound {bound:g})"
+            f"(bound {bound:g}): {spent(profiler, TRAINING, ROUNDS)}"
         )
     return lines
 
