@@ -3,8 +3,8 @@
     python benchmarks/bounds.py
 
 Each line has a floor that no code can be below: factors are read once, the base runs once, a step
-has the frozen forward and the gradient of its input. Beside it is what was measured in the same run,
-and how long some parts of that take by Python's profiler.
+has the frozen forward and the gradient of its input. Beside it is what was measured in the same
+run, and how long some parts of that take by Python's profiler.
 """
 
 from __future__ import annotations
